@@ -1,0 +1,46 @@
+# `make test` and `make demo` set up all they need in $(VENV); a machine needs Python >= 3.10, a C++ compiler and make.
+# To use an environment of yours, with the packages it has: make test VENV="$VIRTUAL_ENV" CONSTRAINTS=/dev/null
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip --disable-pip-version-check install --quiet --constraint $(CONSTRAINTS)
+NATIVE = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: demo test lint format bench clean
+
+demo: $(VENV)/.installed
+	$(RUN) -m mla_ext demo
+
+test: lint
+	$(RUN) -m pytest -q
+
+lint: $(VENV)/.installed
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(NATIVE)
+
+format: $(VENV)/.installed
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+	$(VENV)/bin/clang-format -i $(NATIVE)
+
+bench: $(VENV)/.installed
+	$(RUN) -m benchmarks.head_step
+
+clean:
+	rm -rf build dist *.egg-info mla_ext/_C*.so mla_ext/_build.json $(VENV)/.installed
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "mla_ext needs Python >= 3.10, but PYTHON=$(PYTHON) is: $$($(PYTHON) --version 2>&1); name another with make PYTHON=..." >&2; \
+	  exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# Without isolation the library is built against the PyTorch that runs it, and nothing is fetched when $(VENV) has it all.
+$(VENV)/.installed: $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) setuptools cmake ninja pybind11 torch
+	$(PIP) --no-build-isolation --editable '.[test,lint]'
+	@touch $@

@@ -1,0 +1,140 @@
+// The operations as torch ops over LibTorch's stable ABI: schemas, and the CPU implementations.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <optional>
+#include <tuple>
+
+#include "bindings/common.h"
+#include "cpu/isa.h"
+
+namespace {
+
+using namespace mla_ext::bindings;
+using mla_ext::cpu::DType;
+
+constexpr DeviceType kDevice = DeviceType::CPU;
+
+DType dtype_of(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return DType::Float32;
+    case ScalarType::Double:
+      return DType::Float64;
+    case ScalarType::BFloat16:
+      return DType::BFloat16;
+    case ScalarType::Half:
+      return DType::Float16;
+    default:
+      STD_TORCH_CHECK(false, name, ": expected float32, float64, bfloat16 or float16");
+  }
+  return DType::Float32;
+}
+
+double scalar(const std::optional<Tensor>& tensor, const char* name, double otherwise) {
+  if (!tensor.has_value()) return otherwise;
+  check(*tensor, name, {}, ScalarType::Float, kDevice);
+  return *static_cast<const float*>(tensor->data_ptr());
+}
+
+void parallel_for(int64_t begin, int64_t end, int64_t grain, mla_ext::cpu::Body body, void* context) {
+  torch::stable::parallel_for(begin, end, grain, [&](int64_t first, int64_t last) { body(first, last, context); });
+}
+
+// From so many classes on BLAS makes G P faster than the kernels do (benchmarks/NOTES.md).
+constexpr int64_t kClassesForBlas = 32;
+
+Tensor feature_mean(const Tensor& features) {
+  check_features(features, kDevice);
+  const DType dtype = dtype_of(features, "features");
+  Tensor mean = torch::stable::new_empty(features, {features.size(1)}, accumulate_type(features));
+  mla_ext::cpu::kernels().feature_mean(dtype, features.data_ptr(), mean.data_ptr(), features.size(0), features.size(1),
+                                       parallel_for);
+  return mean;
+}
+
+void rls_update_(Tensor projection, const Tensor& feature_mean, double alpha, double forget, bool normalize) {
+  check_rls_update(projection, feature_mean, kDevice);
+  mla_ext::cpu::kernels().rls_update(
+      dtype_of(projection, "projection"),
+      {projection.data_ptr(), feature_mean.data_ptr(), projection.size(0), alpha, forget, normalize}, parallel_for);
+}
+
+void head_step_(Tensor weight, const Tensor& grad, std::optional<Tensor> momentum_buffer, Tensor projection,
+                const std::optional<Tensor>& feature_mean, Tensor step, double lr, double momentum, double dampening,
+                double weight_decay, bool nesterov, bool maximize, double alpha, bool absorb_before, bool normalize,
+                double forget, const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
+                const std::optional<Tensor>& lr_tensor, const std::optional<Tensor>& alpha_tensor) {
+  check_head_step(weight, grad, momentum_buffer, projection, feature_mean, step, kDevice);
+  const DType dtype = dtype_of(weight, "weight");
+  const double scale = scalar(grad_scale, "grad_scale", 1);
+  if (scalar(found_inf, "found_inf", 0) != 0) return;
+
+  const int64_t C = weight.size(0), s = weight.size(1);
+  const mla_ext::cpu::RlsUpdate rls{
+      projection.data_ptr(), pointer(feature_mean), s, scalar(alpha_tensor, "alpha_tensor", alpha), forget, normalize};
+  Tensor projected = torch::stable::new_empty(projection, {C + 1, s});
+  float* steps = static_cast<float*>(step.data_ptr());
+  mla_ext::cpu::HeadStep arguments{rls,
+                                   C,
+                                   weight.data_ptr(),
+                                   grad.data_ptr(),
+                                   pointer(momentum_buffer),
+                                   projected.data_ptr(),
+                                   /*is_projected=*/false,
+                                   /*is_first=*/*steps == 0,
+                                   absorb_before,
+                                   nesterov,
+                                   maximize,
+                                   scale,
+                                   scalar(lr_tensor, "lr_tensor", lr),
+                                   momentum,
+                                   dampening,
+                                   weight_decay};
+  if (C >= kClassesForBlas) {
+    if (absorb_before && feature_mean.has_value()) {
+      mla_ext::cpu::kernels().rls_update(dtype_of(projection, "projection"), rls, parallel_for);
+      arguments.rls.feature_mean = nullptr;
+    }
+    Tensor Z = torch::stable::narrow(projected, 0, 0, C);
+    matmul_into(torch::stable::to(grad, projection.scalar_type()), projection, Z);
+    arguments.is_projected = true;
+  }
+  mla_ext::cpu::kernels().head_step(dtype, arguments, parallel_for);
+  *steps += 1;
+}
+
+std::tuple<Tensor, Tensor> entropy_fusion(const Tensor& logits, const std::optional<Tensor>& present) {
+  check_fusion(logits, present, kDevice);
+  const DType dtype = dtype_of(logits, "logits");
+  const int64_t M = logits.size(0), N = logits.size(1), C = logits.size(2);
+  Tensor fused = torch::stable::new_empty(logits, {N, C});
+  Tensor weights = torch::stable::new_empty(logits, {M, N}, accumulate_type(logits));
+  mla_ext::cpu::kernels().entropy_fusion(
+      dtype,
+      {logits.data_ptr(), static_cast<const bool*>(pointer(present)), fused.data_ptr(), weights.data_ptr(), M, N, C},
+      parallel_for);
+  return {fused, weights};
+}
+
+}  // namespace
+
+// The one definition of every op; a device's library adds its implementation.
+STABLE_TORCH_LIBRARY(mla_ext, library) {
+  library.def("feature_mean(Tensor features) -> Tensor");
+  library.def(
+      "rls_update_(Tensor(a!) projection, Tensor feature_mean, float alpha, float forget, bool normalize) -> ()");
+  library.def(
+      "head_step_(Tensor(a!) weight, Tensor grad, Tensor(b!)? momentum_buffer, Tensor(c!) projection, "
+      "Tensor? feature_mean, Tensor(d!) step, float lr, float momentum, float dampening, float weight_decay, "
+      "bool nesterov, bool maximize, float alpha, bool absorb_before, bool normalize, float forget, "
+      "Tensor? grad_scale, Tensor? found_inf, Tensor? lr_tensor=None, Tensor? alpha_tensor=None) -> ()");
+  library.def("entropy_fusion(Tensor logits, Tensor? present) -> (Tensor fused, Tensor weights)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mla_ext, CPU, library) {
+  library.impl("feature_mean", TORCH_BOX(&feature_mean));
+  library.impl("rls_update_", TORCH_BOX(&rls_update_));
+  library.impl("head_step_", TORCH_BOX(&head_step_));
+  library.impl("entropy_fusion", TORCH_BOX(&entropy_fusion));
+}

@@ -1,0 +1,74 @@
+// One step of the shared head: the gradient projected, SGD with the result, and P's update.
+#pragma once
+
+#include "dtype.h"
+#include "rls_update.h"
+
+namespace mla_ext::cpu::MLA_EXT_ISA {
+
+// torch.optim.SGD's step for the elements [begin, end), with the projected gradient for the gradient.
+template <class T, class A>
+void sgd(const HeadStep& step, const A* projected, int64_t begin, int64_t end) {
+  T* weight = static_cast<T*>(step.weight);
+  A* momentum_buffer = static_cast<A*>(step.momentum_buffer);
+  const A lr = A(step.lr), weight_decay = A(step.weight_decay), momentum = A(step.momentum);
+  const A undamped = A(1 - step.dampening), scale = A((step.maximize ? -1 : 1) / step.grad_scale);
+  const bool is_first = step.is_first, nesterov = step.nesterov;
+  if (momentum_buffer == nullptr) {
+    for (int64_t i = begin; i < end; ++i) {
+      const A w = widen(weight[i]);
+      narrow(w - lr * (scale * projected[i] + weight_decay * w), weight[i]);
+    }
+    return;
+  }
+  for (int64_t i = begin; i < end; ++i) {
+    const A w = widen(weight[i]);
+    const A g = scale * projected[i] + weight_decay * w;
+    const A v = is_first ? g : momentum * momentum_buffer[i] + undamped * g;
+    momentum_buffer[i] = v;
+    narrow(w - lr * (nesterov ? g + momentum * v : v), weight[i]);
+  }
+}
+
+template <class T>
+void head_step(const HeadStep& step, ParallelFor parallel_for) {
+  using A = typename Accumulate<T>::type;
+  const int64_t s = step.rls.s, C = step.C;
+  A* P = static_cast<A*>(step.rls.projection);
+  const A* h = static_cast<const A*>(step.rls.feature_mean);
+  if (step.absorb_before && h != nullptr) {
+    rls_update<A>(step.rls, parallel_for);
+    h = nullptr;
+  }
+
+  // X = [G; h]: one pass over P makes both Z = G P and k = P h.
+  A* Z = static_cast<A*>(step.projected);
+  A* k = Z + C * s;
+  constexpr bool kWiden = sizeof(T) < sizeof(A);
+  Scratch<A> widened(kWiden ? C * s : 0);
+  Scratch<const A*> X(C + 1);
+  int64_t n = 0;
+  if (!step.is_projected) {
+    const T* G = static_cast<const T*>(step.grad);
+    if constexpr (kWiden) widen(G, widened.get(), C * s);
+    for (; n < C; ++n) X[n] = (kWiden ? widened.get() : reinterpret_cast<const A*>(G)) + n * s;
+  }
+  A* out = n > 0 ? Z : k;
+  if (h != nullptr) X[n++] = h;
+  const int64_t blocks = (s + kRows - 1) / kRows;
+  const auto row_end = [s](int64_t block) { return block * kRows < s ? block * kRows : s; };
+  parallel(parallel_for, n > 0 ? blocks : 0, kWorkPerTask / (n * s * kRows + 1),
+           [&](int64_t begin, int64_t end) { product<A>(P, X.get(), n, s, begin * kRows, row_end(end), out, s); });
+
+  const RankOne<A> rank_one = h == nullptr ? RankOne<A>{0, false} : scale_to_u(k, h, s, A(step.rls.alpha));
+  parallel(parallel_for, blocks, kWorkPerTask / ((C + s) * kRows), [&](int64_t begin, int64_t end) {
+    sgd<T, A>(step, Z, begin * kRows * C, row_end(end) * C);
+    if (!rank_one.absorbed) return;
+    for (int64_t i = begin * kRows; i < row_end(end); ++i) {
+      update_row(P + i * s, k, i, s, rank_one.sign, A(step.rls.forget));
+    }
+  });
+  if (rank_one.absorbed && step.rls.normalize) normalize(P, s, parallel_for);
+}
+
+}  // namespace mla_ext::cpu::MLA_EXT_ISA

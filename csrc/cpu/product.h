@@ -1,0 +1,66 @@
+// The product X P of a few rows X with the symmetric P, as dot products with P's rows.
+#pragma once
+
+#include "vector.h"
+
+namespace mla_ext::cpu::MLA_EXT_ISA {
+
+// How many rows of P and of X meet in registers: kRows * kColumns sums, and the operands, fill the register file.
+#if defined(__AVX512F__)
+constexpr int kRows = 4, kColumns = 6;
+#elif defined(__aarch64__)
+constexpr int kRows = 4, kColumns = 6;
+#else
+constexpr int kRows = 3, kColumns = 4;
+#endif
+
+// out[q * stride + r] = P[r] . X[q] for R rows of P and Q rows of X, all of length s.
+template <class A, int R, int Q>
+void dots(const A* P, const A* const* X, int64_t s, A* out, int64_t stride) {
+  Vec<A> sums[R][Q] = {};
+  int64_t j = 0;
+  for (; j + kLanes<A> <= s; j += kLanes<A>) {
+    Vec<A> p[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) p[r] = load(P + r * s + j);
+#pragma GCC unroll 8
+    for (int q = 0; q < Q; ++q) {
+      const Vec<A> x = load(X[q] + j);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) sums[r][q] += p[r] * x;
+    }
+  }
+  for (int q = 0; q < Q; ++q) {
+    for (int r = 0; r < R; ++r) {
+      A total = sum<A>(sums[r][q]);
+      for (int64_t tail = j; tail < s; ++tail) total += P[r * s + tail] * X[q][tail];
+      out[q * stride + r] = total;
+    }
+  }
+}
+
+template <class A, int R, int Q>
+void dots_of_rest(const A* P, const A* const* X, int rest, int64_t s, A* out, int64_t stride) {
+  if constexpr (Q > 0) {
+    if (rest == Q) return dots<A, R, Q>(P, X, s, out, stride);
+    dots_of_rest<A, R, Q - 1>(P, X, rest, s, out, stride);
+  }
+}
+
+// The same for any number of rows of X.
+template <class A, int R>
+void dots_with_all(const A* P, const A* const* X, int64_t n, int64_t s, A* out, int64_t stride) {
+  int64_t q = 0;
+  for (; q + kColumns <= n; q += kColumns) dots<A, R, kColumns>(P, X + q, s, out + q * stride, stride);
+  dots_of_rest<A, R, kColumns - 1>(P, X + q, int(n - q), s, out + q * stride, stride);
+}
+
+// out[q * stride + i] = (X P)[q][i] for the columns [begin, end): P is symmetric, so column i is row i.
+template <class A>
+void product(const A* P, const A* const* X, int64_t n, int64_t s, int64_t begin, int64_t end, A* out, int64_t stride) {
+  int64_t i = begin;
+  for (; i + kRows <= end; i += kRows) dots_with_all<A, kRows>(P + i * s, X, n, s, out + i, stride);
+  for (; i < end; ++i) dots_with_all<A, 1>(P + i * s, X, n, s, out + i, stride);
+}
+
+}  // namespace mla_ext::cpu::MLA_EXT_ISA

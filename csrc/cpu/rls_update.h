@@ -1,0 +1,86 @@
+// P <- P - k k^T / d with k = P h and d = alpha + h.k, then forgetting, then normalisation.
+#pragma once
+
+#include <cmath>
+
+#include "kernels.h"
+#include "product.h"
+#include "scratch.h"
+
+namespace mla_ext::cpu::MLA_EXT_ISA {
+
+constexpr int64_t kWorkPerTask = 32768;  // multiply-adds that repay handing a piece of work to a thread
+
+// What an update subtracts from P: sign * u u^T, with u = k / sqrt|d|.
+template <class A>
+struct RankOne {
+  A sign;
+  bool absorbed;  // false: d is not usable, P stays
+};
+
+// Turns k into u, in place.
+template <class A>
+RankOne<A> scale_to_u(A* k, const A* h, int64_t s, A alpha) {
+  Vec<A> sums = {};
+  int64_t j = 0;
+  for (; j + kLanes<A> <= s; j += kLanes<A>) sums += load(h + j) * load(k + j);
+  A d = sum<A>(sums);
+  for (; j < s; ++j) d += h[j] * k[j];
+  d += alpha;
+  if (!std::isfinite(d) || d == 0) return {0, false};
+  const A root = std::sqrt(std::fabs(d));
+  for (j = 0; j < s; ++j) k[j] /= root;
+  return {d > 0 ? A(1) : A(-1), true};
+}
+
+// Row i of P. u_i u_j is the same as u_j u_i to the last bit, so P stays symmetric.
+template <class A>
+void update_row(A* row, const A* u, int64_t i, int64_t s, A sign, A forget) {
+  const A keep = A(1) - forget, factor = sign * u[i];
+  const Vec<A> keeps = broadcast(keep), factors = broadcast(factor);
+  int64_t j = 0;
+  for (; j + kLanes<A> <= s; j += kLanes<A>) store<A>(row + j, keeps * (load(row + j) - factors * load(u + j)));
+  for (; j < s; ++j) row[j] = keep * (row[j] - factor * u[j]);
+  row[i] += forget;
+}
+
+template <class A>
+A sum_of_squares(const A* row, int64_t s) {
+  A total = 0;
+  for (int64_t j = 0; j < s; ++j) total += row[j] * row[j];
+  return total;
+}
+
+// P / |P|_F. The sums of the rows are added in order, whatever the threads.
+template <class A>
+void normalize(A* P, int64_t s, ParallelFor parallel_for) {
+  Scratch<A> squares(s);
+  const int64_t grain = kWorkPerTask / s;
+  parallel(parallel_for, s, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) squares[i] = sum_of_squares(P + i * s, s);
+  });
+  A total = 0;
+  for (int64_t i = 0; i < s; ++i) total += squares[i];
+  const A norm = std::sqrt(total);
+  parallel(parallel_for, s, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin * s; i < end * s; ++i) P[i] /= norm;
+  });
+}
+
+template <class A>
+void rls_update(const RlsUpdate& update, ParallelFor parallel_for) {
+  const int64_t s = update.s, grain = kWorkPerTask / s;
+  A* P = static_cast<A*>(update.projection);
+  const A* h = static_cast<const A*>(update.feature_mean);
+  Scratch<A> k(s);
+  parallel(parallel_for, s, grain,
+           [&](int64_t begin, int64_t end) { product<A>(P, &h, 1, s, begin, end, k.get(), s); });
+  const RankOne<A> rank_one = scale_to_u(k.get(), h, s, A(update.alpha));
+  if (!rank_one.absorbed) return;
+  parallel(parallel_for, s, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) update_row(P + i * s, k.get(), i, s, rank_one.sign, A(update.forget));
+  });
+  if (update.normalize) normalize(P, s, parallel_for);
+}
+
+}  // namespace mla_ext::cpu::MLA_EXT_ISA

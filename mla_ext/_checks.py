@@ -1,0 +1,125 @@
+"""Argument checks of the ops and the optimizer: a message names the argument, what was expected and what it was."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .reference import Hyperparameters, accumulate_dtype
+
+WEIGHT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def describe(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return f"{type(value).__name__} {value!r}"
+    layout = "" if value.layout == torch.strided else f" {_name(value.layout)}"
+    return f"a {tuple(value.shape)}{layout} {_name(value.dtype)} tensor on {value.device}"
+
+
+def _name(of_torch: torch.dtype | torch.layout) -> str:
+    return str(of_torch).removeprefix("torch.")
+
+
+def check_tensor(
+    name: str,
+    value: Any,
+    shape: tuple[int | str, ...],
+    dtypes: tuple[torch.dtype, ...] = WEIGHT_DTYPES,
+    device: torch.device | None = None,
+) -> None:
+    """A strided tensor of this shape (a string names a free size), one of these dtypes, on this device.
+
+    Raises TypeError for what is no strided tensor of such a dtype, ValueError for the wrong shape or device.
+    """
+    if (
+        isinstance(value, Tensor)
+        and value.shape == shape
+        and value.dtype in dtypes
+        and value.layout == torch.strided
+        and (device is None or value.device == device)
+    ):
+        return  # the quick way for what is called every step
+    wanted = f"({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})"
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.dtype not in dtypes:
+        kinds = " or ".join(map(_name, dtypes))
+        raise TypeError(f"{name}: expected a dense {wanted} tensor of {kinds}, got {describe(value)}")
+    if len(shape) != value.dim() or any(
+        size != have for size, have in zip(shape, value.shape, strict=True) if not isinstance(size, str)
+    ):
+        raise ValueError(f"{name}: expected shape {wanted}, got {describe(value)}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{name}: expected a tensor on {device}, got {describe(value)}")
+
+
+def check_nonempty(name: str, value: Tensor) -> None:
+    if value.numel() == 0:
+        raise ValueError(f"{name}: expected at least one element in every dimension, got {describe(value)}")
+
+
+def check_number(name: str, value: Any, condition: str, holds: Any) -> None:
+    """A finite number for which `holds(value)`; a tensor must be 0-d floating, and its value is not read (no sync)."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or not value.is_floating_point():
+            raise TypeError(f"{name}: expected a number or a one-element floating tensor, got {describe(value)}")
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number {condition}, got {describe(value)}")
+    if not (math.isfinite(value) and holds(value)):
+        raise ValueError(f"{name}: expected a finite number {condition}, got {value!r}")
+
+
+def check_hyperparameters(hyper: Hyperparameters) -> None:
+    check_number("lr", hyper.lr, ">= 0", lambda v: v >= 0)
+    check_number("momentum", hyper.momentum, ">= 0", lambda v: v >= 0)
+    check_number("dampening", hyper.dampening, "", lambda v: True)
+    check_number("weight_decay", hyper.weight_decay, ">= 0", lambda v: v >= 0)
+    check_number("alpha", hyper.alpha, "> 0", lambda v: v > 0)
+    check_number("forget", hyper.forget, "in [0, 1]", lambda v: 0 <= v <= 1)
+    if hyper.absorb not in ("after", "before"):
+        raise ValueError(f"absorb: expected 'after' or 'before', got {hyper.absorb!r}")
+    for name in ("nesterov", "maximize", "normalize"):
+        if not isinstance(getattr(hyper, name), bool):
+            raise TypeError(f"{name}: expected True or False, got {describe(getattr(hyper, name))}")
+    if hyper.nesterov and not isinstance(hyper.momentum, Tensor) and (hyper.momentum == 0 or hyper.dampening != 0):
+        raise ValueError(
+            f"nesterov: expected a momentum > 0 and dampening 0 with it, got momentum {hyper.momentum} "
+            f"and dampening {hyper.dampening}"
+        )
+
+
+def check_rls_update(projection: Tensor, feature_mean: Tensor) -> None:
+    check_tensor("projection", projection, ("s", "s"), (torch.float32, torch.float64))
+    check_nonempty("projection", projection)
+    s = projection.shape[0]
+    if projection.shape[1] != s:
+        raise ValueError(f"projection: expected a square matrix (s, s), got {describe(projection)}")
+    check_tensor("feature_mean", feature_mean, (s,), (projection.dtype,), projection.device)
+
+
+def check_head_step(
+    weight: Tensor,
+    grad: Tensor,
+    momentum_buffer: Tensor | None,
+    projection: Tensor,
+    feature_mean: Tensor | None,
+    step: Tensor,
+    hyper: Hyperparameters,
+) -> None:
+    check_hyperparameters(hyper)
+    check_tensor("weight", weight, ("C", "s"))
+    check_nonempty("weight", weight)
+    shape, device, dtypes = weight.shape, weight.device, (accumulate_dtype(weight.dtype),)
+    check_tensor("grad", grad, shape, (weight.dtype,), device)
+    check_tensor("projection", projection, (shape[1], shape[1]), dtypes, device)
+    check_tensor("step", step, (), (torch.float32,), device)
+    if feature_mean is not None:
+        check_tensor("feature_mean", feature_mean, shape[1:], dtypes, device)
+    if momentum_buffer is not None:
+        check_tensor("momentum_buffer", momentum_buffer, shape, dtypes, device)
+    elif isinstance(hyper.momentum, Tensor) or hyper.momentum != 0:
+        wanted = f"a {tuple(shape)} {_name(dtypes[0])} tensor with momentum {hyper.momentum}"
+        raise ValueError(f"momentum_buffer: expected {wanted}, got None")

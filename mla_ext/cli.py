@@ -1,0 +1,219 @@
+"""The command line: `python -m mla_ext {demo,train,evaluate,info}`, also installed as `mla-ext`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from . import build_info, checkpoint
+from .data import SPLITS, MultimodalData, digits, load_npz
+from .recipe import METHODS, Settings, build
+from .training import CHECKPOINT, NonFiniteLossError, Report, evaluate, fit
+
+CONFIG = "config.json"
+REPORT = "report.json"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, 2 for bad input (one line on standard error), 130 if interrupted."""
+    try:
+        arguments = _parser().parse_args(argv)
+        arguments.run(arguments)
+    except (ValueError, OSError, ImportError, NonFiniteLossError) as error:
+        print("mla-ext: error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("mla-ext: interrupted; a run with --out goes on with --resume", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    settings = Settings(**{f.name: getattr(arguments, f.name) for f in dataclasses.fields(Settings)})
+    if arguments.resume and arguments.out is None:
+        raise ValueError("--resume: expected --out too, the directory of the run to resume")
+    data = _load(arguments.data, settings)
+    model, optimizer = build(data, settings)
+    if arguments.out is not None:
+        _write_config(arguments.out, settings, data, arguments.resume)
+    history = fit(
+        model,
+        optimizer,
+        data,
+        epochs=settings.epochs,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        out=arguments.out,
+        resume=arguments.resume,
+        progress=arguments.progress,
+    )
+    best = max(record["epoch"] for record in history if record["best"])
+    report = evaluate(model, data, "test")
+    print(f"{settings.method}, epoch {best} of {len(history)} (best on the validation split), test split:")
+    print(table(report))
+    if arguments.out is not None:
+        content = {"method": settings.method, "best_epoch": best, "epochs": len(history), "test": report.as_dict()}
+        checkpoint.write_text(arguments.out / REPORT, json.dumps(content, indent=2) + "\n")
+        print(f"written to {arguments.out}")
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    if not (arguments.run_directory / CHECKPOINT).exists():
+        raise ValueError(f"--run: expected the directory of a training run, got {arguments.run_directory}")
+    settings, described = _read_config(arguments.run_directory)
+    data = _load(arguments.data, settings)
+    _check_same("--data", "the run's data", _describe(data), described)
+    model, _ = build(data, settings)
+    best = checkpoint.load(arguments.run_directory / CHECKPOINT)["best"]
+    model.load_state_dict(best["model"])
+    print(f"{settings.method}, epoch {best['epoch']} (best on the validation split), test split:")
+    print(table(evaluate(model, data, "test")))
+
+
+def _info(arguments: argparse.Namespace) -> None:
+    facts = build_info()
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
+        print(f"{name:<{width}}  {'none' if text in (None, '') else text}")
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from .demo import demo
+
+    demo(arguments.out, epochs=arguments.epochs, seed=arguments.seed, progress=arguments.progress)
+
+
+def table(report: Report) -> str:
+    """The report as aligned text: accuracy and macro F1 of each modality and of each fusion."""
+    rows = [*report.modalities.items()]
+    rows += [(name if name == "joint" else f"{name} fusion", score) for name, score in report.fusions.items()]
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{'':<{width}}  accuracy   macro F1   samples"]
+    lines += [f"{n:<{width}}  {s.accuracy:>7.2%}    {s.macro_f1:>7.2%}   {s.samples:>7}" for n, s in rows]
+    return "\n".join(lines)
+
+
+def _load(source: str, settings: Settings) -> MultimodalData:
+    """The data of a run: standardised with the statistics of its training split, some modalities dropped."""
+    data = digits() if source == "digits" else load_npz(source)
+    if settings.missing:
+        data = data.with_missing(settings.missing, settings.seed)
+    return data.standardized()
+
+
+def _describe(data: MultimodalData) -> dict[str, Any]:
+    return {
+        "shapes": {m: list(data.features[m].shape[1:]) for m in data.modalities},
+        "classes": list(data.classes),
+        "samples": {split: len(data.indices(split)) for split in SPLITS},
+    }
+
+
+def _write_config(directory: Path, settings: Settings, data: MultimodalData, resume: bool) -> None:
+    """Note the settings for `evaluate`; a resumed run must have been started with the same, but for its epochs."""
+    if resume and (directory / CHECKPOINT).exists():
+        saved, described = _read_config(directory)
+        wanted = dataclasses.asdict(dataclasses.replace(saved, epochs=settings.epochs))
+        _check_same("--resume", "the run in --out", dataclasses.asdict(settings), wanted)
+        _check_same("--data", "the run in --out", _describe(data), described)
+    content = {"settings": dataclasses.asdict(settings), "data": _describe(data)}
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / REPORT).unlink(missing_ok=True)
+    checkpoint.write_text(directory / CONFIG, json.dumps(content, indent=2) + "\n")
+
+
+def _read_config(directory: Path) -> tuple[Settings, dict[str, Any]]:
+    path = directory / CONFIG
+    try:
+        content = json.loads(path.read_text())
+        return Settings(**content["settings"]), content["data"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not the settings of a training run ({error})") from error
+
+
+def _check_same(option: str, of: str, given: dict[str, Any], wanted: dict[str, Any]) -> None:
+    for name, value in wanted.items():
+        if given[name] != value:
+            raise ValueError(f"{option}: expected {name} {value}, as {of} has, got {given[name]}")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (see {self.prog} --help)")
+
+
+def _number(kind: type, holds: Callable[[Any], bool], expected: str) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and holds(value)):
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+        return value
+
+    return parse
+
+
+_count = _number(int, lambda v: v >= 1, "an integer of at least 1")
+_seed = _number(int, lambda v: 0 <= v < 2**31, "an integer from 0 to 2**31 - 1")
+_not_negative = _number(float, lambda v: v >= 0, "a number of at least 0")
+_positive = _number(float, lambda v: v > 0, "a number above 0")
+_rate = _number(float, lambda v: 0 <= v < 1, "a number from 0 to 1, less than 1")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="mla-ext",
+        description="Multimodal learning by alternating unimodal adaptation (MLA, arXiv 2311.10707).",
+    )
+    commands = parser.add_subparsers(required=True, metavar="{demo,train,evaluate,info}")
+
+    def command(run: Callable[[argparse.Namespace], None], name: str, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        sub.set_defaults(run=run)
+        return sub
+
+    def setting(sub: argparse.ArgumentParser, name: str, text: str, **options: Any) -> None:
+        """An option named after a field of Settings, with its default."""
+        default = getattr(Settings(), name)
+        flag = f"--{name.replace('_', '-')}"
+        sub.add_argument(flag, default=default, help=f"{text} (default {default})", **options)
+
+    demo = command(_demo, "demo", "train MLA and two baselines on built-in data, and draw what came of it")
+    demo.add_argument("--out", type=Path, default=Path("."), help="directory for the picture (default: this one)")
+
+    train = command(_train, "train", "train a model and score it on the test split")
+    train.add_argument(
+        "--data", required=True, metavar="FILE.npz", help="a data file, or `digits` for the built-in data"
+    )
+    methods = "; ".join(f"{name}: {text}" for name, text in METHODS.items())
+    setting(train, "method", methods, choices=tuple(METHODS))
+    setting(train, "batch_size", "samples per step", type=_count)
+    setting(train, "lr", "learning rate", type=_positive)
+    setting(train, "momentum", "of SGD", type=_not_negative)
+    setting(train, "weight_decay", "of SGD", type=_not_negative)
+    setting(train, "alpha", "of the projection: smaller protects more", type=_positive)
+    setting(train, "width", "features that each encoder gives the head", type=_count)
+    setting(train, "missing", "drop this share of the modalities, of training and test samples alike", type=_rate)
+    train.add_argument("--out", type=Path, help="directory for checkpoint, metrics and report")
+    train.add_argument("--resume", action="store_true", help="go on with the run in --out, if there is one")
+
+    for sub in (demo, train):
+        setting(sub, "epochs", "passes over the training split", type=_count)
+        setting(sub, "seed", "of weights, shuffling and the like", type=_seed)
+        sub.add_argument("--no-progress", action="store_false", dest="progress", help="show no progress bar")
+
+    evaluation = command(_evaluate, "evaluate", "score a trained model on the test split")
+    evaluation.add_argument("--data", required=True, metavar="FILE.npz", help="what the run was trained on")
+    evaluation.add_argument("--run", required=True, type=Path, metavar="DIR", dest="run_directory", help="its --out")
+
+    command(_info, "info", "print what this installation was built with and can use")
+    return parser

@@ -1,0 +1,214 @@
+"""Models: encoders that share one head (MLA), the joint baseline, and the protocol `fit` and `evaluate` speak.
+
+A model says what one epoch of training consists of (`steps`), what a step minimises (`loss`) and what it predicts
+(`logits`). `fit` and `evaluate` know nothing else, so a method of one's own needs these three methods only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .data import MultimodalData
+
+ORDERS = ("given", "reversed", "random")
+
+
+class Step(NamedTuple):
+    """One training step: the modalities it uses and the samples of its batch, int64 (N,)."""
+
+    modalities: tuple[str, ...]
+    indices: Tensor
+
+
+class Logits(NamedTuple):
+    """What a model predicts for N samples with M modalities and C classes."""
+
+    unimodal: Tensor  # (M, N, C), zero where the sample lacks the modality
+    present: Tensor  # bool (M, N)
+    joint: Tensor | None = None  # (N, C): the prediction of a model that has one of its own, rather than fusing
+
+
+class MultimodalModel(nn.Module):
+    """What `fit` and `evaluate` need. Subclasses define `steps`, `loss` and `logits`.
+
+    Args: encoders, one per modality, in order: a batch of inputs -> features (N, s).
+    """
+
+    def __init__(self, encoders: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        if not isinstance(encoders, Mapping) or not all(isinstance(e, nn.Module) for e in encoders.values()):
+            raise TypeError(f"encoders: expected a mapping of modality names to nn.Modules, got {encoders!r}")
+        if not encoders:
+            raise ValueError("encoders: expected at least one modality, got none")
+        try:
+            self.encoders = nn.ModuleDict(encoders)
+        except (KeyError, TypeError) as error:  # a name with a dot, or that of a method of nn.ModuleDict
+            raise ValueError(f"encoders: expected keys that can name modules, got {list(encoders)}: {error}") from error
+        self.modalities = tuple(encoders)
+
+    def check(self, data: MultimodalData) -> None:
+        """Raise ValueError unless the model can be trained and evaluated on `data`."""
+        if not set(self.modalities) <= set(data.modalities):
+            raise ValueError(f"data: expected the model's modalities {self.modalities}, got {data.modalities}")
+        head = getattr(self, "head", None)
+        if isinstance(head, nn.Linear) and head.out_features != len(data.classes):
+            raise ValueError(f"data: expected the head's {head.out_features} classes, got {len(data.classes)}")
+
+    def inputs(self, data: MultimodalData, modality: str, indices: Tensor) -> Tensor:
+        """The modality's inputs, on the device and in the dtype of the model."""
+        return data.inputs(modality, indices).to(next(self.parameters()))
+
+    def labels(self, data: MultimodalData, indices: Tensor) -> Tensor:
+        return data.labels[indices].to(next(self.parameters()).device)
+
+    def steps(self, data: MultimodalData, batch_size: int, order: str, generator: torch.Generator) -> list[Step]:
+        """The steps of one epoch; all its randomness comes from `generator`."""
+        raise NotImplementedError
+
+    def loss(self, data: MultimodalData, step: Step) -> Tensor:
+        """What the step minimises: a scalar, the mean over its samples."""
+        raise NotImplementedError
+
+    def logits(self, data: MultimodalData, indices: Tensor) -> Logits:
+        """Predictions for any samples, complete or not."""
+        raise NotImplementedError
+
+
+class SharedHeadModel(MultimodalModel):
+    """One encoder per modality and one head g shared by all: f_m = g∘h_m, trained by alternating steps.
+
+    Args: encoders, {modality: module}, features (N, s); head, the shared module (N, s) -> (N, C), an nn.Linear
+    where a ProjectedSGD is to protect it.
+    """
+
+    def __init__(self, encoders: Mapping[str, nn.Module], head: nn.Module) -> None:
+        super().__init__(encoders)
+        if not isinstance(head, nn.Module):
+            raise TypeError(f"head: expected an nn.Module, got {type(head).__name__}")
+        self.head = head
+
+    def forward(self, modality: str, x: Tensor) -> Tensor:
+        """The modality's logits f_m(x): (N, ...) -> (N, C)."""
+        if modality not in self.modalities:
+            raise ValueError(f"modality: expected one of {self.modalities}, got {modality!r}")
+        return self.head(self.encoders[modality](x))
+
+    def steps(self, data: MultimodalData, batch_size: int, order: str, generator: torch.Generator) -> list[Step]:
+        """Step t works on modality t mod M; where one runs out of batches the others go on (eq. 2).
+
+        A sample that lacks a modality is not part of that modality's batches.
+        """
+        batches = {m: shuffled_batches(data.indices("train", m), batch_size, generator) for m in self.modalities}
+        turns = list(self.modalities)
+        if order == "reversed":
+            turns.reverse()
+        elif order == "random":
+            turns = [turns[i] for i in torch.randperm(len(turns), generator=generator).tolist()]
+        rounds = max(len(b) for b in batches.values())
+        return [Step((m,), batches[m][i]) for i in range(rounds) for m in turns if i < len(batches[m])]
+
+    def loss(self, data: MultimodalData, step: Step) -> Tensor:
+        """The cross entropy of the step's modality alone."""
+        (modality,) = step.modalities
+        logits = self(modality, self.inputs(data, modality, step.indices))
+        return F.cross_entropy(logits, self.labels(data, step.indices))
+
+    def logits(self, data: MultimodalData, indices: Tensor) -> Logits:
+        present = torch.stack([data.present(m)[indices] for m in self.modalities])
+        rows = [self(m, self.inputs(data, m, indices[p])) for m, p in zip(self.modalities, present, strict=True)]
+        present = present.to(rows[0].device)
+        return Logits(torch.stack([scatter_rows(r, p) for r, p in zip(rows, present, strict=True)]), present)
+
+
+class ConcatModel(MultimodalModel):
+    """The joint baseline: one linear layer over the concatenated features, trained on all modalities at once.
+
+    The features of a missing modality are zero. Unimodal logits are the modality's columns of W times its
+    features, plus b / M, so that they sum to the joint prediction.
+
+    Args: encoders, {modality: module}; head, nn.Linear(sum of the encoders' widths, C).
+    """
+
+    def __init__(self, encoders: Mapping[str, nn.Module], head: nn.Linear) -> None:
+        super().__init__(encoders)
+        if not isinstance(head, nn.Linear):
+            raise TypeError(f"head: expected an nn.Linear, got {type(head).__name__}")
+        self.head = head
+
+    def features(self, data: MultimodalData, indices: Tensor) -> list[Tensor]:
+        """Each modality's features (N, s_m)."""
+        parts = []
+        for m in self.modalities:
+            present = data.present(m)[indices]
+            rows = self.encoders[m](self.inputs(data, m, indices[present]))
+            parts.append(scatter_rows(rows, present.to(rows.device)))
+        return parts
+
+    def steps(self, data: MultimodalData, batch_size: int, order: str, generator: torch.Generator) -> list[Step]:
+        """Every step uses all modalities; `order` says nothing here."""
+        batches = shuffled_batches(data.indices("train"), batch_size, generator)
+        return [Step(self.modalities, batch) for batch in batches]
+
+    def loss(self, data: MultimodalData, step: Step) -> Tensor:
+        """The cross entropy of the joint prediction."""
+        logits = self.head(torch.cat(self.features(data, step.indices), dim=1))
+        return F.cross_entropy(logits, self.labels(data, step.indices))
+
+    def logits(self, data: MultimodalData, indices: Tensor) -> Logits:
+        parts = self.features(data, indices)
+        weights = self.head.weight.split([part.shape[1] for part in parts], dim=1)
+        bias = None if self.head.bias is None else self.head.bias / len(parts)
+        unimodal = torch.stack([F.linear(x, w, bias) for x, w in zip(parts, weights, strict=True)])
+        present = torch.stack([data.present(m)[indices] for m in self.modalities]).to(unimodal.device)
+        joint = self.head(torch.cat(parts, dim=1))
+        return Logits(unimodal.masked_fill(~present.unsqueeze(-1), 0.0), present, joint)
+
+
+def shuffled_batches(indices: Tensor, batch_size: int, generator: torch.Generator) -> Sequence[Tensor]:
+    """The indices in random order, in batches; the last may be smaller."""
+    return indices[torch.randperm(len(indices), generator=generator)].split(batch_size)
+
+
+def scatter_rows(rows: Tensor, present: Tensor) -> Tensor:
+    """Put rows (n, s) where `present`, bool (N,), is true; zeros elsewhere: (N, s). Differentiable."""
+    out = rows.new_zeros(len(present), *rows.shape[1:])
+    out[present] = rows
+    return out
+
+
+def default_encoder(shape: Sequence[int], width: int) -> nn.Sequential:
+    """A small encoder, quick to train on a CPU; its `width` features are non-negative (they leave a ReLU).
+
+    shape, of one input: (d,) gives two linear layers; (height, width) or (channels, height, width) up to three
+    convolutions, each halving the image, and a linear layer. Weights are drawn as He et al. (2015) do for ReLU. There
+    is no batch normalisation: a batch may hold a single sample.
+    """
+    shape = tuple(shape)
+    if len(shape) not in (1, 2, 3) or min(shape) < 1:
+        raise ValueError(f"shape: expected (d,), (height, width) or (channels, height, width), each >= 1, got {shape}")
+    if isinstance(width, bool) or not isinstance(width, int) or width < 1:
+        raise ValueError(f"width: expected a positive integer, got {width!r}")
+
+    layers: list[nn.Module] = []
+    if len(shape) == 1:
+        layers += [nn.Linear(shape[0], width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()]
+    else:
+        if len(shape) == 2:
+            layers.append(nn.Unflatten(1, (1, shape[0])))
+        channels, (height, breadth) = (1 if len(shape) == 2 else shape[0]), shape[-2:]
+        for out_channels in (16, 32, 64):
+            if channels >= 16 and min(height, breadth) <= 4:
+                break
+            layers += [nn.Conv2d(channels, out_channels, 3, stride=2, padding=1), nn.ReLU()]
+            channels, height, breadth = out_channels, (height + 1) // 2, (breadth + 1) // 2
+        layers += [nn.Flatten(), nn.Linear(channels * height * breadth, width), nn.ReLU()]
+    for layer in layers:
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            nn.init.zeros_(layer.bias)
+    return nn.Sequential(*layers)

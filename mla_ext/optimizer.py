@@ -1,0 +1,310 @@
+"""ProjectedSGD: torch.optim.SGD whose attached weights step along projected gradients."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.sgd import sgd
+from torch.utils.hooks import RemovableHandle
+
+from . import _checks, backends, ops
+from .observation import Observation, average_over_ranks, observe
+from .reference import Hyperparameters, accumulate_dtype
+
+_HYPERPARAMETERS = tuple(Hyperparameters.__dataclass_fields__)
+
+
+class ProjectedSGD(Optimizer):
+    """SGD with the gradient modification of MLA (arXiv 2311.10707, eq. 4-6) for the weights of attached heads.
+
+    An attached weight W (C, s) carries a projection P (s, s), at first the identity. Its step projects the gradient,
+    G ← G P, does what torch.optim.SGD does with the result, and absorbs the mean h̄ (s,) of the head inputs since the
+    last step, P ← P − k kᵀ / d with k = P h̄ and d = α + h̄ᵀk: later steps leave the head's answers to what it was
+    fed before as they were. All other parameters, biases included, step exactly as torch.optim.SGD.
+
+    Args:
+        params: parameters or parameter groups, as for any optimizer.
+        lr, momentum, dampening, weight_decay, nesterov, maximize: as torch.optim.SGD's; weight decay and momentum
+            come after the projection.
+        alpha: α > 0 of the update. Smaller protects more; may be changed by schedulers like lr.
+        absorb: "after" projects with P_{t-1} and then absorbs; "before" absorbs first and projects with P_t (OWM).
+        normalize: divide P by its Frobenius norm after each update.
+        forget: the rate ρ in [0, 1] of P ← (1−ρ) P + ρ I after each update, which gives plasticity back.
+        capturable: make lr and alpha tensors on the device of their parameters, where a CUDA graph that captured the
+            step reads what schedulers write.
+        foreach, fused: as torch.optim.SGD's, for parameters that are not attached.
+        differentiable: must be False.
+        backend: "auto", or one of `mla_ext.build_info()["backends"]`.
+        process_group: whose ranks share their features: None is the default group once torch.distributed is
+            initialised, "local" never communicates.
+
+    Raises TypeError or ValueError for bad arguments, naming the argument; a failed step changes nothing.
+
+    Under torch.amp.GradScaler the kernels divide by its scale themselves, and an overflow leaves weights, momentum
+    and P as they are. The state of an attached weight is "projection" and "momentum_buffer" in float32 (float64 for
+    float64 weights), whatever the dtype of the weight, and "step", the number of updates the momentum buffer has seen.
+    """
+
+    _step_supports_amp_scaling = True  # tells GradScaler to pass its scale on, rather than wait for the overflow check
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        alpha: float | Tensor = 0.1,
+        absorb: str = "after",
+        normalize: bool = False,
+        forget: float = 0.0,
+        capturable: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        differentiable: bool = False,
+        backend: str = "auto",
+        process_group: dist.ProcessGroup | str | None = None,
+    ) -> None:
+        hyper = Hyperparameters(
+            lr, momentum, dampening, weight_decay, nesterov, maximize, alpha, absorb, normalize, forget
+        )
+        for name, flag, choices in (
+            ("capturable", capturable, (True, False)),
+            ("foreach", foreach, (True, False, None)),
+            ("fused", fused, (True, False, None)),
+        ):
+            if not any(flag is choice for choice in choices):
+                raise TypeError(f"{name}: expected one of {choices}, got {_checks.describe(flag)}")
+        if foreach and fused:
+            raise ValueError("fused: expected False or None with foreach=True, got True")
+        if differentiable:
+            raise ValueError("differentiable: expected False, as the step updates weights in place; got True")
+        if backend != "auto" and backend not in backends.BACKENDS:
+            raise ValueError(f"backend: expected 'auto' or one of {sorted(backends.BACKENDS)}, got {backend!r}")
+        if isinstance(process_group, str) and process_group != "local":
+            raise ValueError(f"process_group: expected a process group, None or 'local', got {process_group!r}")
+        self.backend = backend
+        self.process_group = process_group
+        self._observed: dict[Tensor, Observation] = {}
+        defaults = {name: getattr(hyper, name) for name in _HYPERPARAMETERS}
+        super().__init__(params, defaults | {"capturable": capturable, "foreach": foreach, "fused": fused})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As for any optimizer; the group's hyperparameters are checked first."""
+        merged = self.defaults | (param_group if isinstance(param_group, dict) else {})
+        _checks.check_hyperparameters(_hyperparameters(merged))
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        if group["capturable"]:  # a captured graph reads them where they are, and schedulers write them there
+            for name in ("lr", "alpha"):
+                group[name] = torch.as_tensor(group[name], dtype=torch.float32, device=group["params"][0].device)
+
+    def attach(self, head: nn.Linear) -> RemovableHandle:
+        """Project the steps of head.weight, and record what the head is fed.
+
+        In training mode, with gradients enabled, each forward of `head` (inputs (..., s)) adds to the feature mean of
+        the next step. The returned handle's remove() ends the recording; the weight keeps its projection.
+        """
+        if not isinstance(head, nn.Linear):
+            raise TypeError(f"head: expected an nn.Linear, got {type(head).__name__}")
+        self._project(head.weight, "head.weight")
+        return head.register_forward_pre_hook(partial(self._record, head.weight), with_kwargs=True)
+
+    def observe(self, weight: Tensor, features: Tensor) -> None:
+        """Record features (N, s), the inputs of the head with this weight (C, s), by hand. N counts as its weight."""
+        self._project(weight, "weight")
+        _checks.check_tensor("features", features, ("N", weight.shape[1]), device=weight.device)
+        _checks.check_nonempty("features", features)
+        new = observe(features, accumulate_dtype(weight.dtype), self.backend)
+        if weight in self._observed:
+            self._observed[weight].add(new.mean, new.count)
+        else:
+            self._observed[weight] = new
+
+    def projection(self, weight: Tensor) -> Tensor:
+        """The projection P (s, s) of an attached weight, dense: a copy, in float32 (float64 for float64)."""
+        state = self.state.get(weight, {}) if isinstance(weight, Tensor) else {}
+        if "projection" not in state:
+            what = _checks.describe(weight)
+            raise ValueError(f"weight: expected a weight that was attached or observed, got {what} that was not")
+        return state["projection"].clone()
+
+    def reset_projection(self) -> None:
+        """Every P back to the identity: full plasticity, nothing protected."""
+        for state in self.state.values():
+            if "projection" in state:
+                _set_to_identity(state["projection"])
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of every parameter that has a gradient; returns the closure's loss, if there is one."""
+        capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+        if capturing and not all(group["capturable"] for group in self.param_groups):
+            raise RuntimeError("capturable: expected True in every parameter group to capture a step, got False")
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+
+        # Consumed even if the step fails: features of a batch that was given up must not meet the next gradient.
+        observed, self._observed = self._observed, {}
+        # Set by GradScaler for the length of this call.
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        head_steps, plain_groups = self._plan(observed)
+        for group, params in plain_groups:
+            self._plain_step(group, params, grad_scale, found_inf)
+        for arguments in head_steps:
+            ops.run_head_step_(*arguments, grad_scale, found_inf, self.backend)
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As for any optimizer. P and momentum keep their precision under half-precision weights."""
+        projected = [weight for weight, state in self.state.items() if "projection" in state]
+        # Hyperparameters that the saved groups lack, as torch.optim.SGD's do, stay what they are here.
+        groups = [
+            {name: value for name, value in ours.items() if name != "params"} | saved
+            for ours, saved in zip(self.param_groups, state_dict["param_groups"], strict=False)
+        ]
+        if len(groups) == len(self.param_groups) == len(state_dict["param_groups"]):
+            state_dict = {**state_dict, "param_groups": groups}
+        tensors = [
+            {n: group[n] for n in ("lr", "alpha") if isinstance(group[n], Tensor)} for group in self.param_groups
+        ]
+        super().load_state_dict(state_dict)
+        for group, kept in zip(self.param_groups, tensors, strict=True):
+            for name, tensor in kept.items():  # captured graphs know these tensors, not new ones
+                group[name] = tensor.fill_(group[name])
+        ids = [index for group in state_dict["param_groups"] for index in group["params"]]
+        params = [param for group in self.param_groups for param in group["params"]]
+        for index, param in zip(ids, params, strict=True):
+            saved = state_dict["state"].get(index, {})
+            if "projection" in saved:
+                # torch casts floating state to the dtype of the parameter.
+                for name in ("projection", "momentum_buffer"):
+                    if saved.get(name) is not None:
+                        self.state[param][name] = saved[name].to(param.device, accumulate_dtype(param.dtype), copy=True)
+        self._observed.clear()
+        for weight in projected:
+            if "projection" not in self.state[weight]:
+                warnings.warn(
+                    "the loaded state has no projection for an attached weight: its P starts from the identity",
+                    stacklevel=2,
+                )
+                self._project(weight, "weight")
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {"backend": self.backend, "process_group": self.process_group, "_observed": {}}
+        return super().__getstate__() | own
+
+    def _record(self, weight: Tensor, head: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if not (head.training and torch.is_grad_enabled() and weight.requires_grad):
+            return
+        features = args[0] if args else kwargs["input"]
+        if features.numel() > 0:
+            self.observe(weight, features.detach().reshape(-1, features.shape[-1]))
+
+    def _project(self, weight: Tensor, name: str) -> None:
+        """Give `weight` a projection, if it has none yet."""
+        if isinstance(weight, Tensor) and "projection" in self.state.get(weight, {}):
+            return
+        _checks.check_tensor(name, weight, ("C", "s"))
+        _checks.check_nonempty(name, weight)
+        group = next((g for g in self.param_groups if any(weight is param for param in g["params"])), None)
+        if group is None:
+            raise ValueError(f"{name}: expected a parameter of this optimizer, got {_checks.describe(weight)}")
+        dtype = accumulate_dtype(weight.dtype)
+        state = self.state[weight]
+        momentum_buffer = state.get("momentum_buffer")
+        state["step"] = torch.zeros((), device=weight.device)
+        if momentum_buffer is not None:  # it has stepped as a plain parameter before
+            state["momentum_buffer"] = momentum_buffer.to(dtype)
+            state["step"].fill_(1)
+        elif _has_momentum(group):
+            state["momentum_buffer"] = torch.zeros_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
+        state["projection"] = _set_to_identity(torch.empty(2 * weight.shape[1:], dtype=dtype, device=weight.device))
+
+    def _plan(self, observed: dict[Tensor, Observation]) -> tuple[list[tuple], list[tuple[dict, list[Tensor]]]]:
+        """The checked arguments of every head step, and the plain parameters by group; nothing is changed here."""
+        heads: list[tuple[dict, Tensor]] = []
+        plain: list[tuple[dict, list[Tensor]]] = []
+        for group in self.param_groups:
+            params = [param for param in group["params"] if param.grad is not None]
+            heads += [(group, param) for param in params if "projection" in self.state.get(param, {})]
+            params = [param for param in params if "projection" not in self.state.get(param, {})]
+            # torch's fused kernel takes momentum buffers that are all there or all to be made.
+            for is_new in (False, True):
+                of_a_kind = [p for p in params if (self.state.get(p, {}).get("momentum_buffer") is None) == is_new]
+                if of_a_kind:
+                    plain.append((group, of_a_kind))
+
+        observations = [observed.get(weight) for _, weight in heads]
+        if heads and self.process_group != "local" and dist.is_available() and dist.is_initialized():
+            projections = [self.state[weight]["projection"] for _, weight in heads]
+            observations = average_over_ranks(observations, projections, self.process_group)
+
+        steps = []
+        for (group, weight), observation in zip(heads, observations, strict=True):
+            state, hyper = self.state[weight], _hyperparameters(group)
+            momentum_buffer, step = state.get("momentum_buffer"), state["step"]
+            if not _has_momentum(group):
+                momentum_buffer = None
+            elif momentum_buffer is None:  # momentum was 0 until now
+                momentum_buffer = torch.zeros_like(weight, dtype=state["projection"].dtype)
+                state["momentum_buffer"] = momentum_buffer
+                step.zero_()
+            mean = None if observation is None else observation.mean
+            arguments = (weight, weight.grad, momentum_buffer, state["projection"], mean, step, hyper)
+            _checks.check_head_step(*arguments)
+            steps.append(arguments)
+        return steps, plain
+
+    def _plain_step(
+        self, group: dict[str, Any], params: list[Tensor], grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
+        """torch.optim.SGD's own step. Only its fused kernel reads scale, overflow and lr on the device."""
+        needs_fused = found_inf is not None or group["capturable"]
+        buffers = [self.state[param].get("momentum_buffer") for param in params] if _has_momentum(group) else []
+        # Its fused kernel makes momentum buffers even on overflow, and leaves them uninitialised.
+        if found_inf is not None and None in buffers and found_inf.item():
+            return
+        sgd(
+            params,
+            [param.grad for param in params],
+            buffers,
+            has_sparse_grad=any(param.grad.is_sparse for param in params),
+            foreach=None if needs_fused else group["foreach"],
+            fused=True if needs_fused else group["fused"],
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+            weight_decay=group["weight_decay"],
+            momentum=group["momentum"],
+            lr=group["lr"],
+            dampening=group["dampening"],
+            nesterov=group["nesterov"],
+            maximize=group["maximize"],
+        )
+        for param, buffer in zip(params, buffers, strict=False):
+            self.state[param]["momentum_buffer"] = buffer
+
+
+def _hyperparameters(group: dict[str, Any]) -> Hyperparameters:
+    return Hyperparameters(**{name: group[name] for name in _HYPERPARAMETERS})
+
+
+def _has_momentum(group: dict[str, Any]) -> bool:
+    return isinstance(group["momentum"], Tensor) or group["momentum"] != 0
+
+
+def _set_to_identity(matrix: Tensor) -> Tensor:
+    matrix.zero_().diagonal().fill_(1)
+    return matrix

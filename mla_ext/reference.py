@@ -1,0 +1,119 @@
+"""The method in plain PyTorch: the specification every other backend is tested against.
+
+MLA: "Multimodal Representation Learning by Alternating Unimodal Adaptation" (Zhang, Yoon, Bansal, Yao;
+CVPR 2024; arXiv 2311.10707), with the recursive least squares (RLS) of orthogonal weight modification
+(Zeng et al. 2019). Shapes: N samples, s features, C classes, M modalities.
+
+Every function returns new tensors, on any device, and computes in `accumulate_dtype`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of P, of h̄ and of a projected weight's momentum buffer: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """Of one head step: torch.optim.SGD's own, and those of the projection. Numbers may be 0-d tensors.
+
+    `alpha` is the α and `forget` the forgetting rate ρ of the RLS update; `normalize` divides P by its Frobenius
+    norm after each update; `absorb` says which P projects: "after" P_{t-1} (the paper's text), "before" P_t (OWM).
+    """
+
+    lr: float | Tensor = 1e-3
+    momentum: float | Tensor = 0.0
+    dampening: float = 0.0
+    weight_decay: float | Tensor = 0.0
+    nesterov: bool = False
+    maximize: bool = False
+    alpha: float | Tensor = 0.1
+    absorb: str = "after"
+    normalize: bool = False
+    forget: float | Tensor = 0.0
+
+
+def feature_mean(features: Tensor) -> Tensor:
+    """h̄ = (1/N) Σ_k h(x_k), eq. 4: (N, s) -> (s,)."""
+    return features.to(accumulate_dtype(features.dtype)).mean(dim=0)
+
+
+def rls_update(
+    projection: Tensor,
+    feature_mean: Tensor,
+    alpha: float | Tensor = 0.1,
+    forget: float | Tensor = 0.0,
+    normalize: bool = False,
+) -> Tensor:
+    """P_t = P − k kᵀ / d, with k = P h̄ and d = α + h̄ᵀk (eq. 4-5); then (1−ρ)P + ρI; then P / ‖P‖_F.
+
+    k is divided by √|d| before the outer product, so that P stays symmetric to the last bit. In exact arithmetic
+    d ≥ α; where rounding has made P slightly indefinite d may be negative, and the signed update then mends P
+    (clamping d instead lets P diverge). A mean that makes d infinite or NaN is not absorbed.
+    """
+    P, h = projection, feature_mean
+    k = P @ h
+    d = alpha + torch.dot(h, k)
+    u = k / d.abs().sqrt()
+    updated = (1 - forget) * (P - d.sign() * torch.outer(u, u))
+    updated = updated + forget * torch.eye(len(P), dtype=P.dtype, device=P.device)
+    if normalize:
+        updated = updated / torch.linalg.matrix_norm(updated)
+    return torch.where(d.isfinite() & (d != 0), updated, P)
+
+
+def head_step(
+    weight: Tensor,
+    grad: Tensor,
+    momentum_buffer: Tensor | None,
+    projection: Tensor,
+    feature_mean: Tensor | None,
+    step: Tensor,
+    hyper: Hyperparameters,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """One step of the shared head, eq. 6: W ← W − γ · SGD(G P), and P ← rls_update(P, h̄).
+
+    Args: weight and grad (C, s); momentum_buffer (C, s) or None without momentum; projection P (s, s);
+    feature_mean h̄ (s,) or None when there is nothing to absorb; step 0-d, the updates momentum_buffer has seen.
+    Returns the new weight, momentum_buffer and projection. As in torch.optim.SGD the first step's momentum buffer
+    is the gradient itself, and weight decay is added after the projection.
+    """
+    absorbed = projection
+    if feature_mean is not None:
+        absorbed = rls_update(projection, feature_mean, hyper.alpha, hyper.forget, hyper.normalize)
+    P = absorbed if hyper.absorb == "before" else projection
+
+    g = grad.to(P.dtype) @ P
+    g = -g if hyper.maximize else g
+    g = g + hyper.weight_decay * weight.to(P.dtype)
+    if momentum_buffer is not None:
+        blended = hyper.momentum * momentum_buffer + (1 - hyper.dampening) * g
+        momentum_buffer = torch.where(step == 0, g, blended)
+        g = g + hyper.momentum * momentum_buffer if hyper.nesterov else momentum_buffer
+    return (weight.to(P.dtype) - hyper.lr * g).to(weight.dtype), momentum_buffer, absorbed
+
+
+def entropy_fusion(logits: Tensor, present: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Fuse the modalities' logits sample by sample, each weighted by its certainty (eq. 7-9).
+
+    e_m = −Σ_c p log p of p = softmax(f_m); λ = softmax_m(−e_m) over the present modalities; fused = Σ_m λ_m f_m.
+    logits (M, N, C), present bool (M, N) -> fused (N, C) in the dtype of logits, weights λ (M, N). An absent
+    modality has λ = 0 and its logits are never used; a sample with none has all-zero λ and fused logits.
+    """
+    if present is None:
+        present = logits.new_ones(logits.shape[:2], dtype=torch.bool)
+    f = logits.to(accumulate_dtype(logits.dtype)).masked_fill(~present.unsqueeze(-1), 0.0)
+    log_p = f.log_softmax(dim=-1)
+    p = log_p.exp()
+    entropy = -torch.where(p > 0, p * log_p, 0.0 * p).sum(dim=-1)
+    weights = (-entropy).masked_fill(~present, -torch.inf).softmax(dim=0)
+    weights = torch.where(present, weights, torch.zeros_like(weights))
+    fused = (weights.unsqueeze(-1) * f).sum(dim=0)
+    return fused.to(logits.dtype), weights

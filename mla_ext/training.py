@@ -1,0 +1,340 @@
+"""`fit` trains a model, keeping the epoch that is best on the validation split; `evaluate` scores it on a split."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from tqdm import tqdm
+
+from . import checkpoint
+from .data import SPLITS, MultimodalData
+from .metrics import Score, score
+from .model import ORDERS, MultimodalModel, Step
+from .ops import entropy_fusion
+
+CHECKPOINT = "last.pt"
+METRICS = "metrics.jsonl"
+_ADVICE = "lower the learning rate, or scale the inputs (MultimodalData.standardized)"
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss became infinite or NaN."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """Logits for N samples, M modalities, C classes, and the weights λ of the entropy fusion."""
+
+    unimodal: Tensor  # (M, N, C), zero where the sample lacks the modality
+    present: Tensor  # bool (M, N)
+    fusions: dict[str, Tensor]  # (N, C) each: "mean" and "entropy", and "joint" if the model has such a prediction
+    weights: Tensor  # (M, N): 1 for the only modality of a sample, 0 for a missing one
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """How good a model is on one split.
+
+    modalities: each modality alone, on the samples that have it (one that no sample has is left out); fusions: as in
+    `Prediction`, on the samples that have any; fused: the fusion that stands for the model, "joint" if it has one,
+    else "entropy"; loss: the mean cross entropy of that fusion.
+    """
+
+    split: str
+    modalities: dict[str, Score]
+    fusions: dict[str, Score]
+    fused: str
+    loss: float
+
+    @property
+    def accuracy(self) -> float:
+        return self.fusions[self.fused].accuracy
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@torch.no_grad()
+def predict(model: MultimodalModel, data: MultimodalData, indices: Tensor, batch_size: int = 512) -> Prediction:
+    """Predict the samples `indices`, int64 (N,) with N >= 1, in evaluation mode; the model's mode is restored.
+
+    "mean" is the mean of the logits of the modalities present, "entropy" is `entropy_fusion` of them (eq. 7-9).
+    """
+    with _mode(model, training=False):
+        batches = [model.logits(data, batch) for batch in indices.split(batch_size)]
+    unimodal = torch.cat([b.unimodal for b in batches], dim=1)
+    present = torch.cat([b.present for b in batches], dim=1)
+    entropy, weights = entropy_fusion(unimodal, present)
+    mean = unimodal.sum(dim=0) / present.sum(dim=0).clamp(min=1).unsqueeze(-1)
+    fusions = {"mean": mean, "entropy": entropy}
+    if batches[0].joint is not None:
+        fusions["joint"] = torch.cat([b.joint for b in batches])
+    return Prediction(unimodal, present, fusions, weights)
+
+
+def evaluate(model: MultimodalModel, data: MultimodalData, split: str = "test", batch_size: int = 512) -> Report:
+    """Score the model on a split ("train", "validation" or "test") of `data`. Changes nothing about the model."""
+    if split not in SPLITS:
+        raise ValueError(f"split: expected one of {SPLITS}, got {split!r}")
+    _check_model_and_data(model, data)
+    _check_positive("batch_size", batch_size)
+    indices = data.indices(split)
+    indices = indices[torch.stack([data.present(m)[indices] for m in model.modalities]).any(dim=0)]
+    if len(indices) == 0:
+        raise ValueError(f"split: expected one with samples, got {split!r}, which has none")
+    prediction = predict(model, data, indices, batch_size)
+    labels = data.labels[indices].to(prediction.weights.device)
+    modalities = {
+        m: score(logits[present], labels[present])
+        for m, logits, present in zip(model.modalities, prediction.unimodal, prediction.present, strict=True)
+        if present.any()
+    }
+    fusions = {name: score(logits, labels) for name, logits in prediction.fusions.items()}
+    fused = "joint" if "joint" in fusions else "entropy"
+    loss = F.cross_entropy(prediction.fusions[fused], labels).item()
+    return Report(split, modalities, fusions, fused, loss)
+
+
+def fit(
+    model: MultimodalModel,
+    optimizer: Optimizer,
+    data: MultimodalData,
+    *,
+    epochs: int,
+    batch_size: int = 64,
+    order: str = "given",
+    seed: int = 0,
+    scheduler: LRScheduler | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> list[dict[str, Any]]:
+    """Train on the training split; leave the model with the weights of the epoch best on the validation split.
+
+    The model says what a step is: a SharedHeadModel alternates between modalities (eq. 2), a ConcatModel trains all
+    at once. Best is the highest validation accuracy of the model's fusion (see `Report.fused`), then the lowest
+    validation loss, then the earliest epoch. The test split is never read.
+
+    Args:
+        epochs: passes over the training split.
+        order: of the modalities within an epoch: "given", "reversed" or "random" (drawn anew each epoch).
+        seed: of shuffling and of the model's own randomness (dropout). Each epoch draws from a generator seeded by
+            `seed` and the epoch; the global generators are left as they were.
+        scheduler: stepped after every epoch.
+        out: a directory for the checkpoint `last.pt`, written after every epoch and never left half-written, and
+            for `metrics.jsonl`, one record per line. A run that is in it already is removed, unless resumed.
+        resume: go on from the checkpoint in `out`, to the same bits as a run that was never interrupted (where the
+            device's arithmetic is deterministic); start anew if there is none. The hyperparameters of optimizer and
+            scheduler are those of the checkpoint.
+        progress: show a progress bar on standard error.
+
+    Returns the history, one record per epoch: {"epoch", "training_loss": {modality: mean}, "lr": of each parameter
+    group, "validation": the report as a dict, "best": whether it was the best so far}.
+
+    Raises ValueError or TypeError for bad arguments and for a checkpoint of another run, before anything is changed;
+    NonFiniteLossError, a RuntimeError, at the end of an epoch whose training or validation loss was not finite: the
+    checkpoint of the epoch before is kept.
+    """
+    _check_model_and_data(model, data)
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    _check_positive("epochs", epochs)
+    _check_positive("batch_size", batch_size)
+    if order not in ORDERS:
+        raise ValueError(f"order: expected one of {ORDERS}, got {order!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed: expected an integer, got {seed!r}")
+    if not 0 <= seed < 2**31:
+        raise ValueError(f"seed: expected 0 <= seed < 2**31, got {seed}")
+    if scheduler is not None and (not isinstance(scheduler, LRScheduler) or isinstance(scheduler, ReduceLROnPlateau)):
+        raise TypeError(f"scheduler: expected an LRScheduler that needs no metric, got {type(scheduler).__name__}")
+    if resume and out is None:
+        raise ValueError("resume: expected `out` too, the directory of the run to resume, got None")
+    for modality in model.modalities:
+        if len(data.indices("train", modality)) == 0:
+            raise ValueError(f"data: expected a training sample that has modality {modality!r}, got none")
+    if len(data.indices("validation")) == 0:
+        raise ValueError("data: expected validation samples, to choose the epoch by, got none")
+
+    run = _Run(model, optimizer, scheduler, _settings(model, optimizer, data, batch_size, order, seed))
+    directory = None if out is None else Path(out)
+    if directory is not None:
+        if resume and (directory / CHECKPOINT).exists():
+            run.restore(directory / CHECKPOINT)
+        run.open(directory)
+
+    def epoch_steps(epoch: int) -> list[Step]:
+        return model.steps(data, batch_size, order, torch.Generator().manual_seed(_epoch_seed(seed, epoch)))
+
+    cuda = [p.device for p in model.parameters() if p.is_cuda][:1]
+    first = len(run.history) + 1
+    per_epoch = len(epoch_steps(first))
+    total, done = per_epoch * max(epochs, first - 1), per_epoch * (first - 1)
+    with tqdm(total=total, initial=done, unit="step", disable=not progress) as bar:
+        for epoch in range(first, epochs + 1):
+            bar.set_description(f"epoch {epoch}/{epochs}")
+            with torch.random.fork_rng(devices=cuda):
+                torch.manual_seed(_epoch_seed(seed, epoch))
+                with _mode(model, training=True):
+                    training_loss = _train_epoch(model, optimizer, data, epoch_steps(epoch), epoch, bar)
+                report = evaluate(model, data, "validation")
+            if not math.isfinite(report.loss):
+                raise NonFiniteLossError(f"validation loss is {report.loss} after epoch {epoch}: {_ADVICE}")
+            run.record(epoch, training_loss, report)
+            if directory is not None:
+                run.save(directory)
+            bar.set_postfix({"validation": f"{report.accuracy:.2%}", "best": f"{run.best['accuracy']:.2%}"})
+    model.load_state_dict(run.best["model"])
+    return run.history
+
+
+def _train_epoch(
+    model: MultimodalModel, optimizer: Optimizer, data: MultimodalData, steps: list[Step], epoch: int, bar: tqdm
+) -> dict[str, float]:
+    """Take the steps; return the mean loss per sample of each (group of) modalities."""
+    losses = []
+    for step in steps:
+        optimizer.zero_grad(set_to_none=True)  # None, not zero: what this step does not use must not move
+        loss = model.loss(data, step)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+        bar.update()
+
+    sums: dict[str, float] = {}
+    counts: dict[str, int] = {}
+    for number, (step, loss) in enumerate(zip(steps, torch.stack(losses).tolist(), strict=True), start=1):
+        name = "+".join(step.modalities)
+        if not math.isfinite(loss):
+            raise NonFiniteLossError(
+                f"training loss of {name} is {loss} at epoch {epoch}, step {number} of {len(steps)}: {_ADVICE}"
+            )
+        sums[name] = sums.get(name, 0.0) + loss * len(step.indices)
+        counts[name] = counts.get(name, 0) + len(step.indices)
+    return {name: sums[name] / counts[name] for name in sums}
+
+
+class _Run:
+    """The state of one training run: what a checkpoint holds."""
+
+    def __init__(
+        self, model: MultimodalModel, optimizer: Optimizer, scheduler: LRScheduler | None, settings: dict[str, Any]
+    ) -> None:
+        self.model, self.optimizer, self.scheduler, self.settings = model, optimizer, scheduler, settings
+        self.history: list[dict[str, Any]] = []
+        self.best: dict[str, Any] = {"accuracy": -1.0, "loss": math.inf}
+
+    def record(self, epoch: int, training_loss: dict[str, float], report: Report) -> None:
+        """Note an epoch, keep its weights if they are the best so far, and step the scheduler."""
+        better = (report.accuracy, -report.loss) > (self.best["accuracy"], -self.best["loss"])
+        if better:
+            weights = copy.deepcopy(self.model.state_dict())
+            self.best = {"epoch": epoch, "accuracy": report.accuracy, "loss": report.loss, "model": weights}
+        self.history.append(
+            {
+                "epoch": epoch,
+                "training_loss": training_loss,
+                "lr": [float(group["lr"]) for group in self.optimizer.param_groups],
+                "validation": report.as_dict(),
+                "best": better,
+            }
+        )
+        if self.scheduler is not None:
+            self.scheduler.step()
+
+    def open(self, directory: Path) -> None:
+        """Make `directory` agree with the history: a new run removes the old one, a resumed one mends its metrics."""
+        directory.mkdir(parents=True, exist_ok=True)
+        if not self.history:
+            (directory / CHECKPOINT).unlink(missing_ok=True)
+        self._write_metrics(directory)
+
+    def save(self, directory: Path) -> None:
+        content = {
+            "settings": self.settings,
+            "epoch": len(self.history),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "history": self.history,
+            "best": self.best,
+        }
+        checkpoint.save(directory / CHECKPOINT, content)
+        self._write_metrics(directory)  # after the checkpoint: if killed in between, resuming mends them
+
+    def _write_metrics(self, directory: Path) -> None:
+        checkpoint.write_text(directory / METRICS, "".join(json.dumps(record) + "\n" for record in self.history))
+
+    def restore(self, path: Path) -> None:
+        """Take over a checkpoint. ValueError, before anything is changed, if it is of another run."""
+        content = checkpoint.load(path)
+        for name, value in {**self.settings, "scheduler": self.scheduler is not None}.items():
+            saved = content["scheduler"] is not None if name == "scheduler" else content["settings"].get(name)
+            if saved != value:
+                raise ValueError(f"resume: expected a run with {name} {value!r}, got {saved!r} in {path}")
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.model.load_state_dict(content["model"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(content["scheduler"])
+        self.history, self.best = content["history"], content["best"]
+
+
+def _settings(
+    model: MultimodalModel, optimizer: Optimizer, data: MultimodalData, batch_size: int, order: str, seed: int
+) -> dict[str, Any]:
+    """What a run that is resumed must agree in with its checkpoint."""
+    return {
+        "model": type(model).__name__,
+        "optimizer": type(optimizer).__name__,
+        "modalities": list(model.modalities),
+        "classes": list(data.classes),
+        "samples": {split: len(data.indices(split)) for split in SPLITS},
+        "training samples": {m: len(data.indices("train", m)) for m in model.modalities},
+        "parameters": {name: list(parameter.shape) for name, parameter in model.named_parameters()},
+        "batch_size": batch_size,
+        "order": order,
+        "seed": seed,
+    }
+
+
+@contextmanager
+def _mode(model: MultimodalModel, training: bool) -> Iterator[None]:
+    """Training or evaluation mode; afterwards every submodule is in its own mode again."""
+    modes = {module: module.training for module in model.modules()}
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _epoch_seed(seed: int, epoch: int) -> int:
+    return (seed << 32) + epoch
+
+
+def _check_model_and_data(model: MultimodalModel, data: MultimodalData) -> None:
+    if not isinstance(model, MultimodalModel):
+        raise TypeError(f"model: expected a MultimodalModel, such as SharedHeadModel, got {type(model).__name__}")
+    if not isinstance(data, MultimodalData):
+        raise TypeError(f"data: expected MultimodalData, got {type(data).__name__}")
+    model.check(data)
+
+
+def _check_positive(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an integer, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name}: expected at least 1, got {value}")

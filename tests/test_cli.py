@@ -1,0 +1,164 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from mla_ext import cli, demo
+from mla_ext.data import load_npz
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    """A tiny, learnable data file: a vector and an image."""
+    rng = np.random.default_rng(0)
+    y = np.arange(60) % 3
+    path = tmp_path_factory.mktemp("data") / "tiny.npz"
+    np.savez(
+        path,
+        modalities=np.array(["sound", "sight"]),
+        x_sound=(rng.normal(size=(3, 5))[y] + rng.normal(size=(60, 5))).astype(np.float32),
+        x_sight=(rng.normal(size=(3, 9, 9))[y] + rng.normal(size=(60, 9, 9))).astype(np.float32),
+        y=y,
+        classes=np.array(["one", "two", "three"]),
+        split=np.repeat([0, 1, 2], [36, 12, 12]).astype(np.int8),
+    )
+    return str(path)
+
+
+def error(capsys, *arguments):
+    """Run a command that must fail; its one line on standard error."""
+    assert cli.main(list(map(str, arguments))) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    (line,) = printed.err.splitlines()
+    assert line.startswith("mla-ext: error: ")
+    return line.removeprefix("mla-ext: error: ")
+
+
+def train(file, *arguments):
+    return cli.main(["train", "--data", file, "--no-progress", *map(str, arguments)])
+
+
+@pytest.mark.parametrize("method", ["mla", "alternating", "concat"])
+def test_train_then_evaluate_print_the_same_table(capsys, tmp_path, file, method):
+    options = ["--method", method, "--epochs", 3, "--width", 8, "--seed", 1, "--missing", 0.2, "--out", tmp_path]
+    assert train(file, *options) == 0
+    trained = capsys.readouterr().out
+    rows = ["sound", "sight", "mean fusion", "entropy fusion"] + ["joint"] * (method == "concat")
+    assert [line.split("  ")[0] for line in trained.splitlines()[2:-1]] == rows
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["method"], report["epochs"], report["test"]["split"]) == (method, 3, "test")
+    entropy = report["test"]["fusions"]["entropy"]
+    assert f"entropy fusion  {entropy['accuracy']:>7.2%}    {entropy['macro_f1']:>7.2%}" in trained
+
+    assert cli.main(["evaluate", "--data", file, "--run", str(tmp_path)]) == 0
+    evaluated = capsys.readouterr().out
+    assert evaluated.splitlines()[1:] == trained.splitlines()[1:-1]
+
+
+def test_resume_ends_where_an_uninterrupted_run_does(capsys, tmp_path, file):
+    assert train(file, "--epochs", 4, "--out", tmp_path / "whole") == 0
+    assert train(file, "--epochs", 2, "--out", tmp_path / "parts", "--resume") == 0
+    assert train(file, "--epochs", 4, "--out", tmp_path / "parts", "--resume") == 0
+    for name in ("report.json", "metrics.jsonl", "config.json"):
+        assert (tmp_path / "whole" / name).read_text() == (tmp_path / "parts" / name).read_text()
+    capsys.readouterr()
+    before = (tmp_path / "parts" / "report.json").read_text()
+    assert error(capsys, "train", "--data", file, "--out", tmp_path / "parts", "--resume", "--lr", 0.5).startswith(
+        "--resume: expected lr 0.01, as the run in --out has, got 0.5"
+    )
+    assert (tmp_path / "parts" / "report.json").read_text() == before
+
+
+def test_methods_and_settings_reach_the_training(capsys, tmp_path, file):
+    outputs = set()
+    for options in (
+        ["mla"],
+        ["mla", "--alpha", 1e-3],
+        ["alternating"],
+        ["alternating", "--weight-decay", 0.1],
+        ["concat"],
+    ):
+        assert train(file, "--method", *options, "--epochs", 2, "--out", tmp_path) == 0
+        outputs.add((tmp_path / "metrics.jsonl").read_text())
+    assert len(outputs) == 5
+
+
+def test_bad_input_is_one_line(capsys, tmp_path, file):
+    assert "No such file" in error(capsys, "train", "--data", tmp_path / "none.npz")
+    (tmp_path / "text.npz").write_text("no numbers")
+    assert "not a readable .npz" in error(capsys, "train", "--data", tmp_path / "text.npz")
+    assert "--data" in error(capsys, "train")
+    assert "invalid choice: 'sum'" in error(capsys, "train", "--data", file, "--method", "sum")
+    for flag in ("--epochs", "--batch-size", "--lr", "--momentum", "--weight-decay", "--alpha", "--width", "--missing"):
+        assert f"argument {flag}: expected" in error(capsys, "train", "--data", file, flag, "-1")
+    assert "expected an integer of at least 1, got '1.5'" in error(capsys, "train", "--data", file, "--epochs", "1.5")
+    assert "--out too" in error(capsys, "train", "--data", file, "--resume")
+    assert "directory of a training run" in error(capsys, "evaluate", "--data", file, "--run", tmp_path)
+    assert "training loss of s" in error(capsys, "train", "--data", file, "--lr", "1e30", "--no-progress")
+    assert "required" in error(capsys)
+
+
+def test_evaluate_refuses_other_data_and_damaged_runs(capsys, tmp_path, file):
+    assert train(file, "--epochs", 1, "--out", tmp_path) == 0
+    capsys.readouterr()
+    arrays = dict(np.load(file))
+    np.savez(tmp_path / "other.npz", **(arrays | {"split": np.arange(60) % 3}))
+    assert "expected samples" in error(capsys, "evaluate", "--data", tmp_path / "other.npz", "--run", tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    assert "not the settings of a training run" in error(capsys, "evaluate", "--data", file, "--run", tmp_path)
+
+
+def test_interrupting_says_how_to_go_on(capsys, monkeypatch, file):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "fit", interrupt)
+    assert train(file) == 130
+    assert "--resume" in capsys.readouterr().err
+
+
+def test_info_and_the_module_entry():
+    done = subprocess.run([sys.executable, "-W", "ignore", "-m", "mla_ext", "info"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    facts = dict(line.split(None, 1) for line in done.stdout.splitlines())
+    assert "reference" in facts["backends"]
+    assert set(facts) >= {"version", "torch", "cuda", "backends"}
+
+
+def test_demo_in_brief(capsys, monkeypatch, tmp_path, file):
+    time_head_step = demo.time_head_step
+    monkeypatch.setattr(demo, "digits", lambda seed: load_npz(file))
+    monkeypatch.setattr(demo, "time_head_step", lambda widths: time_head_step(widths[:1], repeats=3))
+    assert cli.main(["demo", "--out", str(tmp_path / "new"), "--epochs", "2", "--no-progress"]) == 0
+    printed = capsys.readouterr().out
+    path = tmp_path / "new" / "mla_ext_demo.png"
+    assert f"Picture: {path}" in printed
+    assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 20_000
+    for title in ("Concatenation", "Alternation alone", "MLA"):
+        (line,) = [line for line in printed.splitlines() if line.startswith(title)]
+        assert line.count("%") == (5 if title == "Concatenation" else 4)
+
+
+def test_head_step_times():
+    times = demo.time_head_step((8, 33), repeats=3)
+    assert set(times) == {8, 33}
+    assert all(set(row) == {"auto", "reference"} and min(row.values()) > 0 for row in times.values())
+
+
+@pytest.mark.parametrize("module", ["matplotlib.figure", "sklearn.datasets"])
+def test_demo_names_the_missing_extra(capsys, monkeypatch, tmp_path, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    assert "pip install mla_ext[demo]" in error(capsys, "demo", "--out", tmp_path / "new")
+    assert not (tmp_path / "new").exists()

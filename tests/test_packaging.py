@@ -1,0 +1,269 @@
+"""The package as people get it: sdist, wheel, what is in them, and what they say when something is missing."""
+
+import email
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(*command, cwd=None, **environment):
+    """Runs a command without what the caller's environment may say about Python and this package."""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("MLA_EXT_", "PYTHON"))}
+    return subprocess.run(
+        list(map(str, command)), env={**inherited, **environment}, cwd=cwd, capture_output=True, text=True
+    )
+
+
+def python(code, *path):
+    return run(sys.executable, "-c", code, PYTHONPATH=os.pathsep.join(map(str, path)), cwd=path[0])
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sdist")
+    code = f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})"
+    result = run(sys.executable, "-c", code, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    (archive,) = folder.iterdir()
+    return archive
+
+
+@pytest.fixture(scope="module")
+def unpacked(sdist, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unpacked")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder, filter="data")
+    (source,) = folder.iterdir()
+    return source
+
+
+def build_wheel(source, folder, **environment):
+    options = ["--no-build-isolation", "--no-deps", "--no-index", "--wheel-dir", folder]
+    return run(sys.executable, "-m", "pip", "wheel", *options, source, **{"MLA_EXT_CUDA": "off", **environment})
+
+
+@pytest.fixture(scope="module")
+def wheel(unpacked, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    result = build_wheel(unpacked, folder)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (path,) = folder.iterdir()
+    return path
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("installed")
+    options = ["--no-deps", "--no-index", "--target", folder]
+    result = run(sys.executable, "-m", "pip", "install", *options, wheel)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def python_files(folder):
+    return {str(path.relative_to(folder)) for path in (folder / "mla_ext").rglob("*.py")}
+
+
+def test_sdist_holds_the_sources_and_no_build_products(sdist):
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    expected = {"CMakeLists.txt", "setup.py", "pyproject.toml", "Makefile", "constraints.txt", "LICENSE"}
+    expected |= {"mla_ext/py.typed", "csrc/bindings/module.cpp", "tests/test_packaging.py"} | python_files(ROOT)
+    assert expected <= names
+    assert not [name for name in names if name.endswith((".so", ".pyc", "_build.json")) or name.startswith("build")]
+
+
+def test_wheel_holds_the_package_and_nothing_else(wheel):
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    libraries = {name for name in names if name.startswith("mla_ext/_C.") and name.endswith(".so")}
+    assert len(libraries) == 1
+    assert names - libraries == python_files(ROOT) | {"mla_ext/py.typed", "mla_ext/_build.json"}
+
+
+def test_metadata(wheel):
+    archive = zipfile.ZipFile(wheel)
+    (name,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
+    metadata = email.message_from_bytes(archive.read(name))
+    assert (metadata["Name"], metadata["Version"]) == ("mla_ext", "0.1.0")
+    assert metadata["License-Expression"] == "MIT"
+    assert metadata["License-File"] == "LICENSE"
+    assert metadata["Requires-Python"] == ">=3.10"
+    assert metadata["Summary"]
+    required = [value for value in metadata.get_all("Requires-Dist") if "extra ==" not in value]
+    assert required == ["torch>=2.10", "numpy", "tqdm"]
+    assert set(metadata.get_all("Provides-Extra")) == {"demo", "test", "lint"}
+    entry_points = archive.read(name.replace("METADATA", "entry_points.txt")).decode()
+    assert entry_points.split() == ["[console_scripts]", "mla-ext", "=", "mla_ext.cli:main"]
+
+
+def test_installed_wheel_runs_its_compiled_operations(installed):
+    code = """
+import json, torch, mla_ext
+from mla_ext import ops
+logits = torch.randn(3, 5, 4)
+same = torch.allclose(ops.entropy_fusion(logits, backend="cpu")[0], ops.entropy_fusion(logits, backend="reference")[0])
+print(json.dumps([mla_ext.__file__, bool(same), mla_ext.build_info()]))
+"""
+    result = python(code, installed)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    file, same, info = json.loads(result.stdout)
+    assert Path(file).is_relative_to(installed)
+    assert same
+    assert info["version"] == "0.1.0"
+    assert info["cuda"] is None and info["archs"] == []
+    assert info["cpu_isa"] in ("baseline", "avx2", "avx512")
+    assert {"cpu", "reference"} <= set(info["backends"])
+    assert info["torch"] and info["compiler"]
+
+
+def test_kernels_share_no_code_between_instruction_sets(wheel, unpacked):
+    """The linker keeps one copy of an inline function: were it AVX-512's, the library would fail on other CPUs."""
+    objects = list(unpacked.glob("build/cmake-*/CMakeFiles/kernels_*.dir/csrc/cpu/kernels.cpp.o"))
+    assert objects
+    for path in objects:
+        isa = path.parents[2].name.removeprefix("kernels_").removesuffix(".dir")
+        symbols = run("nm", "--defined-only", "--demangle", path).stdout.splitlines()
+        functions = [symbol.split(maxsplit=2)[2] for symbol in symbols if symbol.split()[1] in "WTu"]
+        assert functions
+        assert [name for name in functions if f"mla_ext::cpu::{isa}::" not in name] == []
+
+
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def fake_torch(folder, version, cuda=None):
+    write(folder / "torch" / "__init__.py", "from .version import __version__")
+    write(folder / "torch" / "version.py", f"__version__ = {version!r}\ncuda = {cuda!r}")
+
+
+def fails_to_build(unpacked, tmp_path, **environment):
+    """What the build prints when it cannot be done, with tmp_path ahead of the installed packages."""
+    result = run(sys.executable, "setup.py", "build_ext", cwd=unpacked, PYTHONPATH=str(tmp_path), **environment)
+    assert result.returncode != 0
+    assert "Traceback" not in result.stderr
+    return result.stderr
+
+
+def test_build_without_torch_says_so_through_pip(unpacked, tmp_path):
+    write(tmp_path / "sitecustomize.py", "import sys; sys.modules['torch'] = None")
+    result = build_wheel(unpacked, tmp_path / "wheel", PYTHONPATH=str(tmp_path))
+    assert result.returncode != 0
+    output = result.stdout + result.stderr
+    assert "Traceback" not in output
+    assert "mla_ext: building needs PyTorch >= 2.10, which" in output
+    assert "does not have; run `pip install torch`" in output
+
+
+def test_build_with_an_old_torch(unpacked, tmp_path):
+    fake_torch(tmp_path, "2.9.1+cpu")
+    output = fails_to_build(unpacked, tmp_path)
+    assert "mla_ext: building needs PyTorch >= 2.10, but" in output
+    assert "has 2.9.1+cpu; run `pip install --upgrade torch`" in output
+
+
+def test_build_without_a_compiler(unpacked, tmp_path):
+    output = fails_to_build(unpacked, tmp_path, CXX="/nonexistent/c++")
+    assert "mla_ext: building needs a C++17 compiler and found none that works; install g++ or clang++" in output
+
+
+@pytest.mark.parametrize("tool", ["cmake", "ninja"])
+def test_build_without_tool(unpacked, tmp_path, tool):
+    hide = (
+        f"import shutil; which = shutil.which; shutil.which = lambda n, **k: None if n == {tool!r} else which(n, **k)"
+    )
+    write(tmp_path / "sitecustomize.py", hide)
+    output = fails_to_build(unpacked, tmp_path)
+    assert f"mla_ext: building needs {tool}, which was not found; run `pip install {tool}`" in output
+
+
+def test_build_with_cuda_but_no_nvcc(unpacked, tmp_path):
+    output = fails_to_build(unpacked, tmp_path, MLA_EXT_CUDA="on", CUDACXX="/nonexistent/nvcc")
+    assert "mla_ext: MLA_EXT_CUDA=on, but no nvcc that works was found; install the CUDA toolkit" in output
+
+
+def test_build_with_an_unknown_cuda_choice(unpacked, tmp_path):
+    assert "MLA_EXT_CUDA: expected auto, on or off, got 'yes'" in fails_to_build(unpacked, tmp_path, MLA_EXT_CUDA="yes")
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_build_with_another_cuda_than_torch(unpacked, tmp_path):
+    fake_torch(tmp_path, "2.10.0", cuda="11.8")
+    write(tmp_path / "torch" / "lib" / "libtorch_cpu.so", "")
+    output = fails_to_build(unpacked, tmp_path, MLA_EXT_CUDA="auto")
+    assert "mla_ext: nvcc is of CUDA" in output
+    assert "but PyTorch 2.10.0 is built for CUDA 11.8; set CUDA_HOME to a CUDA 11 toolkit" in output
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_build_with_an_unknown_gpu_architecture(unpacked, tmp_path):
+    output = fails_to_build(unpacked, tmp_path, MLA_EXT_CUDA="on", TORCH_CUDA_ARCH_LIST="9.0;Hopper")
+    assert "TORCH_CUDA_ARCH_LIST: expected a list like '8.0;9.0a;10.0+PTX', got 'Hopper'" in output
+
+
+def test_import_with_an_old_torch(installed, tmp_path):
+    fake_torch(tmp_path, "2.9.1+cpu")
+    result = python("import mla_ext", tmp_path, installed)
+    assert "ImportError: mla_ext needs PyTorch >= 2.10, but 2.9.1+cpu is installed" in result.stderr
+
+
+USE_REFERENCE = """
+import torch, mla_ext
+from mla_ext import ops
+assert ops.entropy_fusion(torch.zeros(2, 3, 4))[0].shape == (3, 4)
+assert mla_ext.build_info()["backends"] == ["reference"], mla_ext.build_info()
+assert mla_ext.build_info()["cpu_isa"] is None
+try:
+    ops.entropy_fusion(torch.zeros(2, 3, 4), backend="cpu")
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def copy_without_libraries(folder):
+    shutil.copytree(ROOT / "mla_ext", folder / "mla_ext", ignore=shutil.ignore_patterns("_C*.so", "_build.json"))
+
+
+def test_unbuilt_checkout_works_on_the_reference_and_warns_once(tmp_path):
+    copy_without_libraries(tmp_path)
+    shutil.copy(ROOT / "CMakeLists.txt", tmp_path)
+    result = python(USE_REFERENCE, tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("Warning: ") == 1
+    reason = f"{tmp_path / 'mla_ext'} holds no compiled library; run `pip install -e {tmp_path}`"
+    assert f"RuntimeWarning: mla_ext runs on its slower PyTorch reference: {reason}" in result.stderr
+    assert reason in result.stdout
+
+
+def test_library_that_cannot_be_loaded_says_what_it_was_built_for(installed, tmp_path):
+    shutil.copytree(installed / "mla_ext", tmp_path / "mla_ext")
+    (library,) = (tmp_path / "mla_ext").glob("_C.*.so")
+    library.write_bytes(b"not a library")
+    facts = tmp_path / "mla_ext" / "_build.json"
+    facts.write_text(json.dumps({**json.loads(facts.read_text()), "torch": "2.99.0"}))
+    result = python(USE_REFERENCE, tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("Warning: ") == 1
+    assert f"built for Python {sys.version.split()[0]}, PyTorch 2.99.0 on" in result.stderr
+    assert "install mla_ext again in this environment" in result.stderr
+
+
+def test_make_refuses_an_old_python(tmp_path):
+    old = tmp_path / "python"
+    write(old, '#!/bin/sh\n[ "$1" = --version ] && echo Python 3.8.2 && exit 0\nexit 1\n')
+    old.chmod(0o755)
+    result = run("make", f"PYTHON={old}", f"VENV={tmp_path}/venv", f"{tmp_path}/venv/bin/python", cwd=ROOT)
+    assert result.returncode != 0
+    assert f"mla_ext needs Python >= 3.10, but PYTHON={old} is: Python 3.8.2" in result.stderr
+    assert not (tmp_path / "venv").exists()
