@@ -30,11 +30,12 @@ def observe(features: Tensor, dtype: torch.dtype, backend: str) -> Observation:
 
 def average_over_ranks(
     observations: list[Observation | None], projections: list[Tensor], group: dist.ProcessGroup | None
-) -> list[Observation | None]:
-    """Every rank's observations joined, weighted by their counts, in one all-reduce.
+) -> list[Tensor]:
+    """Every rank's observations joined, weighted by their counts, in one all-reduce: a feature mean (s,) each.
 
     `projections` (s, s), one per observation, give size, dtype and device where this rank observed nothing: a rank
-    with an empty batch takes part with count 0. Where no rank observed anything the result is None.
+    with an empty batch takes part with count 0. Where no rank observed anything the mean is NaN, which no backend
+    absorbs; so the host need not wait to learn the count.
     """
     parts = []
     for observation, P in zip(observations, projections, strict=True):
@@ -43,10 +44,7 @@ def average_over_ranks(
             sums[:-1] = observation.mean * observation.count
             sums[-1] = observation.count
         parts.append(sums)
-    flat = torch.cat(parts)
-    dist.all_reduce(flat, group=group)
-    joined: list[Observation | None] = []
-    for sums, P in zip(flat.split([len(part) for part in parts]), projections, strict=True):
-        count = int(sums[-1])
-        joined.append(Observation((sums[:-1] / count).to(P.dtype), count) if count else None)
-    return joined
+    joined = torch.cat(parts)
+    dist.all_reduce(joined, group=group)
+    split = joined.split([len(part) for part in parts])
+    return [(sums[:-1] / sums[-1]).to(P.dtype) for sums, P in zip(split, projections, strict=True)]

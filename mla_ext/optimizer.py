@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from . import _checks, backends, ops
 from .observation import Observation, average_over_ranks, observe
 from .reference import Hyperparameters, accumulate_dtype
+from .sharding import check_sharding, local_shards
 
 _HYPERPARAMETERS = tuple(Hyperparameters.__dataclass_fields__)
 
@@ -221,7 +222,11 @@ class ProjectedSGD(Optimizer):
         _checks.check_nonempty(name, weight)
         group = next((g for g in self.param_groups if any(weight is param for param in g["params"])), None)
         if group is None:
-            raise ValueError(f"{name}: expected a parameter of this optimizer, got {_checks.describe(weight)}")
+            computed = "" if weight.is_leaf else " that is computed, as a parametrised module's is"
+            raise ValueError(
+                f"{name}: expected a parameter of this optimizer, got {_checks.describe(weight)}{computed}"
+            )
+        check_sharding(name, weight)
         dtype = accumulate_dtype(weight.dtype)
         state = self.state[weight]
         momentum_buffer = state.get("momentum_buffer")
@@ -248,22 +253,23 @@ class ProjectedSGD(Optimizer):
                     plain.append((group, of_a_kind))
 
         observations = [observed.get(weight) for _, weight in heads]
+        means = [None if observation is None else observation.mean for observation in observations]
         if heads and self.process_group != "local" and dist.is_available() and dist.is_initialized():
             projections = [self.state[weight]["projection"] for _, weight in heads]
-            observations = average_over_ranks(observations, projections, self.process_group)
+            means = average_over_ranks(observations, projections, self.process_group)
 
         steps = []
-        for (group, weight), observation in zip(heads, observations, strict=True):
+        for (group, weight), mean in zip(heads, means, strict=True):
             state, hyper = self.state[weight], _hyperparameters(group)
-            momentum_buffer, step = state.get("momentum_buffer"), state["step"]
             if not _has_momentum(group):
                 momentum_buffer = None
-            elif momentum_buffer is None:  # momentum was 0 until now
-                momentum_buffer = torch.zeros_like(weight, dtype=state["projection"].dtype)
-                state["momentum_buffer"] = momentum_buffer
-                step.zero_()
-            mean = None if observation is None else observation.mean
-            arguments = (weight, weight.grad, momentum_buffer, state["projection"], mean, step, hyper)
+            elif state.get("momentum_buffer") is None:  # momentum was 0 until now
+                momentum_buffer = state["momentum_buffer"] = torch.zeros_like(weight, dtype=state["projection"].dtype)
+                state["step"].zero_()
+            else:
+                momentum_buffer = state["momentum_buffer"]
+            shards = local_shards(weight, weight.grad, momentum_buffer)
+            arguments = (*shards, state["projection"], mean, state["step"], hyper)
             _checks.check_head_step(*arguments)
             steps.append(arguments)
         return steps, plain

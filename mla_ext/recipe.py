@@ -24,12 +24,12 @@ class Settings:
     """Of one training run. The defaults do well on all three of: images and spectrograms, vectors, the demo data."""
 
     method: str = "mla"
-    epochs: int = 30
+    epochs: int = 20
     batch_size: int = 64
     seed: int = 0
     lr: float = 0.01
     momentum: float = 0.9
-    weight_decay: float = 1e-3
+    weight_decay: float = 1e-4
     alpha: float = 0.1
     width: int = 128
     missing: float = 0.0

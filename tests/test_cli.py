@@ -106,7 +106,9 @@ def test_bad_input_is_one_line(capsys, tmp_path, file):
     assert "expected an integer of at least 1, got '1.5'" in error(capsys, "train", "--data", file, "--epochs", "1.5")
     assert "--out too" in error(capsys, "train", "--data", file, "--resume")
     assert "directory of a training run" in error(capsys, "evaluate", "--data", file, "--run", tmp_path)
-    assert "training loss of s" in error(capsys, "train", "--data", file, "--lr", "1e30", "--no-progress")
+    assert "training loss of s" in error(
+        capsys, "train", "--data", file, "--lr", "1e30", "--batch-size", 8, "--no-progress"
+    )
     assert "required" in error(capsys)
 
 

@@ -3,12 +3,10 @@
 import copy
 import gc
 import io
-import os
 import weakref
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import nn
 
 from mla_ext import ProjectedSGD, reference
@@ -449,36 +447,3 @@ def test_foreach_and_fused_are_those_of_sgd(flags):
         models.append(network())
         train(models[-1], cls(models[-1].parameters(), lr=0.1, momentum=0.9, **flags), 5)
     assert_same_bits(*models)
-
-
-def _rank(rank, world, folder, port):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
-    model, optimizer, _ = attached()
-    for t in range(3):
-        x, y = batch(t, n=6)
-        rows = [slice(0, 4), slice(4, 6)][rank]  # uneven
-        optimizer.zero_grad()
-        (nn.functional.cross_entropy(model(x[rows]), y[rows], reduction="sum") / 6).backward()
-        for param in model.parameters():
-            torch.distributed.all_reduce(param.grad)
-        optimizer.step()
-    torch.save([model.state_dict(), optimizer.projection(model[2].weight)], folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-def test_ranks_share_their_features(tmp_path):
-    mp.start_processes(_rank, (2, tmp_path, 29000 + os.getpid() % 1000), nprocs=2, start_method="fork")
-    model, optimizer, _ = attached()
-    for t in range(3):
-        x, y = batch(t, n=6)
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x), y).backward()
-        optimizer.step()
-    (state, P), (other_state, other_P) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    assert torch.equal(P, other_P)
-    torch.testing.assert_close(P, optimizer.projection(model[2].weight), rtol=1e-4, atol=1e-5)
-    for name, value in model.state_dict().items():
-        assert torch.equal(state[name], other_state[name])
-        torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-5)

@@ -37,13 +37,22 @@ def sdist(tmp_path_factory):
     return archive
 
 
-@pytest.fixture(scope="module")
-def unpacked(sdist, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("unpacked")
-    with tarfile.open(sdist) as archive:
-        archive.extractall(folder, filter="data")
+def unpack(sdist, folder):
+    assert run("tar", "-xf", sdist, "-C", folder).returncode == 0
     (source,) = folder.iterdir()
     return source
+
+
+@pytest.fixture(scope="module")
+def built(sdist, tmp_path_factory):
+    """The unpacked sdist that the wheel is built in."""
+    return unpack(sdist, tmp_path_factory.mktemp("built"))
+
+
+@pytest.fixture(scope="module")
+def unpacked(sdist, tmp_path_factory):
+    """An unpacked sdist in which builds are tried that fail."""
+    return unpack(sdist, tmp_path_factory.mktemp("unpacked"))
 
 
 def build_wheel(source, folder, **environment):
@@ -52,9 +61,9 @@ def build_wheel(source, folder, **environment):
 
 
 @pytest.fixture(scope="module")
-def wheel(unpacked, tmp_path_factory):
+def wheel(built, tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
-    result = build_wheel(unpacked, folder)
+    result = build_wheel(built, folder)
     assert result.returncode == 0, result.stdout + result.stderr
     (path,) = folder.iterdir()
     return path
@@ -126,9 +135,9 @@ print(json.dumps([mla_ext.__file__, bool(same), mla_ext.build_info()]))
     assert info["torch"] and info["compiler"]
 
 
-def test_kernels_share_no_code_between_instruction_sets(wheel, unpacked):
+def test_kernels_share_no_code_between_instruction_sets(wheel, built):
     """The linker keeps one copy of an inline function: were it AVX-512's, the library would fail on other CPUs."""
-    objects = list(unpacked.glob("build/cmake-*/CMakeFiles/kernels_*.dir/csrc/cpu/kernels.cpp.o"))
+    objects = list(built.glob("build/cmake-*/CMakeFiles/kernels_*.dir/csrc/cpu/kernels.cpp.o"))
     assert objects
     for path in objects:
         isa = path.parents[2].name.removeprefix("kernels_").removesuffix(".dir")

@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# All that only a GPU can show, in one run of under 8 minutes: build, tests, sanitizers, benchmarks. `make gpu-check`.
+# Needs a Python with CUDA torch, triton, cmake, ninja, pybind11 and pytest, and no network. Results are files in $OUT.
+set -u
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+OUT=${OUT:-benchmarks/results}
+mkdir -p "$OUT"
+summary="$OUT/gpu_check.md"
+failed=0
+
+"$PYTHON" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || {
+  echo "gpu-check: $PYTHON sees no CUDA device; name another with PYTHON=..." >&2
+  exit 1
+}
+capability=$("$PYTHON" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')
+
+# stage NAME SECONDS COMMAND...: runs it with a limit, keeps its output, adds a row to the summary.
+stage() {
+  local name=$1 limit=$2 start=$SECONDS
+  shift 2
+  timeout "$limit" "$@" >"$OUT/gpu_$name.log" 2>&1
+  local status=$?
+  [ $status -eq 0 ] || failed=1
+  echo "| $name | $([ $status -eq 0 ] && echo passed || echo "failed ($status)") | $((SECONDS - start)) s | $(tail -n 1 "$OUT/gpu_$name.log" | cut -c1-120 | tr '|' '/') |" | tee -a "$summary"
+}
+
+{
+  echo "GPU check, $(date -I): $(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | head -n 1),"
+  "$PYTHON" -c 'import torch, triton; print(f"PyTorch {torch.__version__}, Triton {triton.__version__}.")'
+  printf '\n| stage | result | time | last line |\n|---|---|---|---|\n'
+} >"$summary"
+
+parallel=$("$PYTHON" -c 'import xdist' 2>/dev/null && echo "-n 8")
+stage build 150 env TORCH_CUDA_ARCH_LIST="$capability" MLA_EXT_CUDA=on \
+  "$PYTHON" -m pip install --no-build-isolation --no-deps --no-index -e .
+stage info 30 "$PYTHON" -m mla_ext info
+# shellcheck disable=SC2086
+stage tests 180 "$PYTHON" -m pytest -q $parallel --ignore tests/test_packaging.py --ignore tests/test_cuda_compile.py \
+  --ignore tests/test_cuda_emulation.py
+for tool in memcheck racecheck; do
+  if command -v compute-sanitizer >/dev/null; then
+    stage "$tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+      "$PYTHON" -m pytest -q -x tests/test_ops.py -k "cuda-cuda and 33"
+  fi
+done
+stage head_step 100 "$PYTHON" -m benchmarks.head_step --quick --device cuda --out "$OUT"
+cat "$summary"
+exit $failed

@@ -1,0 +1,66 @@
+"""The compiled ops, of whichever device: what the backends "cpu" and "cuda" share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..reference import Hyperparameters
+
+_ops = torch.ops.mla_ext
+
+
+def feature_mean(features: Tensor) -> Tensor:
+    return _ops.feature_mean(features)
+
+
+def rls_update_(projection: Tensor, feature_mean: Tensor, alpha: float, forget: float, normalize: bool) -> None:
+    _ops.rls_update_(projection, feature_mean, float(alpha), float(forget), normalize)
+
+
+def head_step_(
+    weight: Tensor,
+    grad: Tensor,
+    momentum_buffer: Tensor | None,
+    projection: Tensor,
+    feature_mean: Tensor | None,
+    step: Tensor,
+    hyper: Hyperparameters,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    lr, lr_tensor = _number_or_tensor(hyper.lr, weight.device)
+    alpha, alpha_tensor = _number_or_tensor(hyper.alpha, weight.device)
+    _ops.head_step_(
+        weight,
+        grad,
+        momentum_buffer,
+        projection,
+        feature_mean,
+        step,
+        lr,
+        float(hyper.momentum),
+        float(hyper.dampening),
+        float(hyper.weight_decay),
+        hyper.nesterov,
+        hyper.maximize,
+        alpha,
+        hyper.absorb == "before",
+        hyper.normalize,
+        float(hyper.forget),
+        grad_scale,
+        found_inf,
+        lr_tensor,
+        alpha_tensor,
+    )
+
+
+def entropy_fusion(logits: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
+    return _ops.entropy_fusion(logits, present)
+
+
+def _number_or_tensor(value: float | Tensor, device: torch.device) -> tuple[float, Tensor | None]:
+    """A tensor is left to the kernel to read, so that no one waits for it."""
+    if isinstance(value, Tensor):
+        return 0.0, value.to(device, torch.float32).reshape(())
+    return value, None

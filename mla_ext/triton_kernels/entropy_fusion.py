@@ -1,0 +1,110 @@
+"""Fusion of the modalities' logits by their certainty (eq. 7-9), in one launch."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..reference import accumulate_dtype
+from .launch import on
+
+# Logits that a program of 128 threads holds at a time: eight a thread.
+TILE = 1024
+
+
+@triton.jit
+def load_logits(logits, m, samples, classes, N, C, mask, other, dtype: tl.constexpr):
+    """The tile (samples, classes) of modality m."""
+    rows = (m * N.to(tl.int64) + samples) * C
+    return tl.load(logits + rows[:, None] + classes[None, :], mask, other=other).to(dtype)
+
+
+@triton.jit
+def entropy_of(logits, m, samples, present, N, C, BLOCK_C: tl.constexpr, dtype: tl.constexpr):
+    """log Σ e^(x−max) − Σ e^(x−max) (x−max) / Σ e^(x−max) of each row, in one pass over its classes."""
+    maximum = tl.full(samples.shape, -float("inf"), dtype)
+    total = tl.zeros(samples.shape, dtype)  # Σ e^(x−maximum)
+    weighted = tl.zeros(samples.shape, dtype)  # Σ e^(x−maximum) (x−maximum)
+    for first in range(0, C, BLOCK_C):
+        classes = first + tl.arange(0, BLOCK_C)
+        mask = present[:, None] & (classes < C)[None, :]
+        x = load_logits(logits, m, samples, classes, N, C, mask, -float("inf"), dtype)
+        larger = tl.maximum(maximum, tl.max(x, axis=1))
+        # Sums of nothing stay 0, whatever the old maximum was; −∞ − (−∞) must not make them NaN.
+        shift = tl.where(total > 0, maximum - larger, 0.0)
+        scale = tl.exp(shift)
+        weighted = (weighted + shift * total) * scale
+        total *= scale
+        maximum = larger
+        below = x - tl.where(larger == -float("inf"), 0.0, larger)[:, None]
+        e = tl.exp(below)
+        total += tl.sum(e, axis=1)
+        weighted += tl.sum(tl.where(e > 0, e * below, 0.0), axis=1)  # p = 0 contributes 0
+    return tl.log(total) - weighted / total
+
+
+@triton.jit(do_not_specialize=["M", "N"])
+def entropy_fusion_kernel(
+    logits,
+    present,
+    fused,
+    weights,
+    M,
+    N,
+    C,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    dtype: tl.constexpr = weights.dtype.element_ty
+    samples = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    modalities = tl.arange(0, BLOCK_M)
+
+    pairs = modalities.to(tl.int64)[None, :] * N + samples[:, None]
+    inside = (samples < N)[:, None] & (modalities < M)[None, :]
+    here = inside
+    if present is not None:
+        here = inside & (tl.load(present + pairs, inside, other=0) != 0)
+    entropies = tl.full((BLOCK_N, BLOCK_M), float("inf"), dtype)
+    for m in range(M):
+        chosen = (modalities == m)[None, :] & here
+        has_m = tl.max(chosen.to(tl.int32), axis=1) > 0
+        entropy = entropy_of(logits, m, samples, has_m, N, C, BLOCK_C, dtype)
+        entropies = tl.where(chosen, entropy[:, None], entropies)
+
+    # λ = softmax(−entropy) over the modalities that are there; 0 for all where none is.
+    certainty = tl.where(here, tl.exp(tl.min(entropies, axis=1)[:, None] - entropies), 0.0)
+    total = tl.sum(certainty, axis=1)[:, None]
+    lambdas = tl.where(here, certainty / tl.where(total == 0, 1.0, total), 0.0)
+    tl.store(weights + pairs, lambdas, inside)
+
+    for first in range(0, C, BLOCK_C):
+        classes = first + tl.arange(0, BLOCK_C)
+        sums = tl.zeros((BLOCK_N, BLOCK_C), dtype)
+        for m in range(M):
+            chosen = (modalities == m)[None, :] & here
+            has_m = tl.max(chosen.to(tl.int32), axis=1) > 0
+            mask = has_m[:, None] & (classes < C)[None, :]
+            x = load_logits(logits, m, samples, classes, N, C, mask, 0.0, dtype)
+            sums += tl.sum(tl.where(chosen, lambdas, 0.0), axis=1)[:, None] * x
+        mask = (samples < N)[:, None] & (classes < C)[None, :]
+        tl.store(fused + samples[:, None] * C + classes[None, :], sums, mask)
+
+
+def entropy_fusion(logits: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
+    M, N, C = logits.shape
+    fused = torch.empty((N, C), dtype=logits.dtype, device=logits.device)
+    weights = torch.empty((M, N), dtype=accumulate_dtype(logits.dtype), device=logits.device)
+    if N == 0:
+        return fused, weights
+    # Whole rows where they fit, and as many samples as then fill the tile; at least 16 programs' worth of parallelism
+    # is lost otherwise when there are few classes.
+    BLOCK_C = min(triton.next_power_of_2(C), TILE)
+    BLOCK_N = min(TILE // BLOCK_C, 32)
+    with on(logits.device):
+        entropy_fusion_kernel[(triton.cdiv(N, BLOCK_N),)](
+            logits, present, fused, weights, M, N, C, triton.next_power_of_2(M), BLOCK_N, BLOCK_C
+        )
+    return fused, weights

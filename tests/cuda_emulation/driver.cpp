@@ -1,0 +1,146 @@
+// Runs kernels on the emulated device: `driver INPUT OUTPUT`. INPUT is a sequence of calls, each
+//   int64 operation, device, seed; int64 count and as many int64 arguments; int64 count and as many double arguments;
+//   int64 count of arrays, each: int64 bytes (-1: a null pointer), int64 offset (bytes past 16-byte alignment), data.
+// OUTPUT gets for each call int64 error, then every array's data again: what was not to change must not have.
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "cuda_runtime.h"
+#include "entropy_fusion.h"
+#include "feature_mean.h"
+#include "head_step.h"
+
+using namespace mla_ext::cuda;
+
+namespace {
+
+enum Operation : int64_t { kFeatureMean, kRlsUpdate, kHeadStep, kEntropyFusion };
+
+template <typename T>
+bool read(std::FILE* file, T* values, size_t count) {
+  return count == 0 || std::fread(values, sizeof(T), count, file) == count;
+}
+
+template <typename T>
+std::vector<T> read_vector(std::FILE* file) {
+  int64_t count = 0;
+  if (!read(file, &count, 1)) std::abort();
+  std::vector<T> values(static_cast<size_t>(count));
+  if (!read(file, values.data(), values.size())) std::abort();
+  return values;
+}
+
+/// Memory of exactly the given size, so that AddressSanitizer sees every access beyond it.
+struct Array {
+  std::unique_ptr<unsigned char[]> memory;
+  unsigned char* data = nullptr;
+  size_t bytes = 0;
+
+  Array(size_t bytes, size_t offset) : memory(new unsigned char[bytes + offset]), data(memory.get() + offset), bytes(bytes) {
+    std::memset(data, 0xff, bytes);  // NaN
+  }
+  Array() = default;
+};
+
+Array read_array(std::FILE* file) {
+  int64_t header[2];
+  if (!read(file, header, 2)) std::abort();
+  if (header[0] < 0) return {};
+  Array array(static_cast<size_t>(header[0]), static_cast<size_t>(header[1]));
+  if (!read(file, array.data, array.bytes)) std::abort();
+  return array;
+}
+
+/// The t-th of `steps` equal parts of an array, as memory of its own.
+Array part(const Array& array, int64_t t, int64_t steps, size_t offset = 0) {
+  if (!array.data) return {};
+  const size_t bytes = array.bytes / static_cast<size_t>(steps);
+  Array result(bytes, offset);
+  std::memcpy(result.data, array.data + static_cast<size_t>(t) * bytes, bytes);
+  return result;
+}
+
+const float* as_float(const Array& array) { return reinterpret_cast<const float*>(array.data); }
+
+/// Several steps in a row. Arrays: weight, momentum_buffer, P, step; then, with one for each step: grad, h̄, lr, alpha,
+/// grad_scale, found_inf, Z.
+cudaError_t head_steps(const std::vector<int64_t>& n, const std::vector<double>& x, const std::vector<Array>& a) {
+  const DataType dtype = static_cast<DataType>(n[0]);
+  const int64_t classes = n[1], features = n[2], steps = n[3];
+  HeadStepScalars scalars;
+  scalars.nesterov = n[4];
+  scalars.maximize = n[5];
+  scalars.absorb_before = n[6];
+  scalars.normalize = n[7];
+  const size_t grad_offset = static_cast<size_t>(n[8]);
+  scalars.lr = x[0];
+  scalars.momentum = x[1];
+  scalars.dampening = x[2];
+  scalars.weight_decay = x[3];
+  scalars.alpha = x[4];
+  scalars.forget = x[5];
+  for (int64_t t = 0; t < steps; ++t) {
+    const Array workspace(head_step_workspace_bytes(dtype, classes, features), 0);
+    const Array grad = part(a[4], t, steps, grad_offset), mean = part(a[5], t, steps), lr = part(a[6], t, steps);
+    const Array alpha = part(a[7], t, steps), scale = part(a[8], t, steps), inf = part(a[9], t, steps);
+    const Array z = part(a[10], t, steps);
+    scalars.lr_ptr = as_float(lr);
+    scalars.alpha_ptr = as_float(alpha);
+    scalars.grad_scale = as_float(scale);
+    scalars.found_inf = as_float(inf);
+    const HeadStepTensors tensors = {a[0].data, grad.data, a[1].data, a[2].data, mean.data,
+                                     reinterpret_cast<float*>(a[3].data)};
+    const cudaError_t error =
+        z.data ? head_step_projected(dtype, tensors, z.data, classes, features, scalars, workspace.data, nullptr)
+               : head_step(dtype, tensors, classes, features, scalars, workspace.data, nullptr);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+cudaError_t call(int64_t operation, const std::vector<int64_t>& n, const std::vector<double>& x,
+                 const std::vector<Array>& a) {
+  const DataType dtype = static_cast<DataType>(n[0]);
+  switch (operation) {
+    case kFeatureMean:
+      return feature_mean(dtype, a[0].data, n[1], n[2], n[3], a[1].data, nullptr);
+    case kRlsUpdate: {
+      const Array workspace(head_step_workspace_bytes(dtype, 0, n[1]), 0);
+      return rls_update(dtype, a[0].data, a[1].data, n[1], x[0], x[1], n[2], workspace.data, nullptr);
+    }
+    case kHeadStep:
+      return head_steps(n, x, a);
+    case kEntropyFusion:
+      return entropy_fusion(dtype, a[0].data, a[1].data, n[1], n[2], n[3], a[2].data, a[3].data, nullptr);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc != 3) return 2;
+  std::FILE* const input = std::fopen(argv[1], "rb");
+  std::FILE* const output = std::fopen(argv[2], "wb");
+  if (!input || !output) return 2;
+  int64_t header[3];
+  while (read(input, header, 3)) {
+    const auto integers = read_vector<int64_t>(input);
+    const auto reals = read_vector<double>(input);
+    int64_t count = 0;
+    if (!read(input, &count, 1)) return 2;
+    std::vector<Array> arrays;
+    for (int64_t i = 0; i < count; ++i) arrays.push_back(read_array(input));
+    emulation::use_device(static_cast<int>(header[1]), static_cast<uint64_t>(header[2]));
+    const int64_t error = call(header[0], integers, reals, arrays);
+    std::fwrite(&error, sizeof(error), 1, output);
+    for (const Array& array : arrays) {
+      if (array.bytes > 0) std::fwrite(array.data, 1, array.bytes, output);
+    }
+  }
+  std::fclose(input);
+  return std::fclose(output) == 0 ? 0 : 2;
+}

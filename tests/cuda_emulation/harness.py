@@ -1,0 +1,129 @@
+"""Builds the kernels' own sources with the host compiler and runs them on the emulated device."""
+
+from __future__ import annotations
+
+import io
+import os
+import platform
+import shutil
+import struct
+import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+HERE = Path(__file__).resolve().parent
+KERNELS = HERE.parents[1] / "csrc" / "kernels"
+COMPILER = shutil.which("g++")
+UNAVAILABLE = (
+    "the emulation is built with g++, which is not here"
+    if COMPILER is None
+    else "the emulation's fibres are written for x86-64"
+    if platform.machine() not in ("x86_64", "AMD64")
+    else None
+)
+
+FAST = ("-Og",)  # compiles in a third of the time of -O2, and runs almost as fast
+SANITIZED = ("-Og", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
+
+FEATURE_MEAN, RLS_UPDATE, HEAD_STEP, ENTROPY_FUSION = range(4)
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+# Rows of kDevices in emulation.cpp: multiprocessors × blocks on each, and how much shared memory.
+H100, THREE, FORTY, FIVE_BY_TWO, ONE = range(5)
+
+
+@dataclass
+class Call:
+    """One call of driver.cpp; None stands for a null pointer, offsets are bytes past 16-byte alignment."""
+
+    operation: int
+    integers: Sequence[int]
+    reals: Sequence[float] = ()
+    arrays: Sequence[Tensor | None] = ()
+    device: int = H100
+    seed: int = 0
+    offsets: dict[int, int] = field(default_factory=dict)
+
+    def encode(self) -> bytes:
+        parts = [struct.pack("<3q", self.operation, self.device, self.seed)]
+        parts.append(struct.pack(f"<q{len(self.integers)}q", len(self.integers), *map(int, self.integers)))
+        parts.append(struct.pack(f"<q{len(self.reals)}d", len(self.reals), *self.reals))
+        parts.append(struct.pack("<q", len(self.arrays)))
+        for i, array in enumerate(self.arrays):
+            data = None if array is None else to_bytes(array)
+            parts.append(struct.pack("<2q", -1 if data is None else len(data), self.offsets.get(i, 0)))
+            parts.append(data or b"")
+        return b"".join(parts)
+
+
+def to_bytes(array: Tensor) -> bytes:
+    return array.contiguous().flatten().view(torch.uint8).numpy().tobytes() if array.numel() else b""
+
+
+def compile_and_link(directory: Path, flags: Sequence[str], kernels: Path, sources: list[Path], objects: list[Path]):
+    directory.mkdir(parents=True, exist_ok=True)
+    common = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", *flags]
+
+    def compile_one(source: Path) -> Path:
+        target = directory / f"{source.stem}.o"
+        command = [COMPILER, *common, f"-I{HERE / 'include'}", f"-I{kernels}", "-x", "c++", "-c", source, "-o", target]
+        check_output(command)
+        return target
+
+    with ThreadPoolExecutor(2) as pool:
+        compiled = list(pool.map(compile_one, sources))
+    program = directory / "driver"
+    check_output([COMPILER, *common, *compiled, *objects, "-o", program])
+    return program
+
+
+def check_output(command: list) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stderr}")
+
+
+def build(directory: Path, flags: Sequence[str]) -> Path:
+    """Compiles everything into `directory` and returns the program. Warnings are errors."""
+    sources = sorted(KERNELS.glob("*.cu"), key=lambda source: -source.stat().st_size)  # the longest first
+    return compile_and_link(directory, flags, KERNELS, [*sources, HERE / "emulation.cpp", HERE / "driver.cpp"], [])
+
+
+def rebuild(directory: Path, flags: Sequence[str], kernels: Path, changed: str, base: Path) -> Path:
+    """The program of `base` with one source compiled anew from the copy `kernels` of the sources."""
+    source = kernels / changed
+    others = [path for path in base.glob("*.o") if path.stem != source.stem]
+    return compile_and_link(directory, ["-w", *flags], kernels, [source], others)
+
+
+def run(program: Path, calls: Sequence[Call], directory: Path) -> list[list[Tensor | None]]:
+    """Every call's arrays as they are afterwards. RuntimeError with the report if the program stops or a launch fails."""
+    with ThreadPoolExecutor(2) as pool:  # every other call to each of two processes
+        halves = list(pool.map(lambda i: run_in_turn(program, calls[i::2], directory / f"calls{i}"), range(2)))
+    return [halves[i % 2][i // 2] for i in range(len(calls))]
+
+
+def run_in_turn(program: Path, calls: Sequence[Call], file: Path) -> list[list[Tensor | None]]:
+    source, target = file.with_suffix(".in"), file.with_suffix(".out")
+    source.write_bytes(b"".join(call.encode() for call in calls))
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
+    done = subprocess.run([program, source, target], capture_output=True, text=True, env=environment)
+    if done.returncode != 0:
+        raise RuntimeError(f"the emulation stopped ({done.returncode}):\n{done.stderr[-4000:]}")
+    data = io.BytesIO(target.read_bytes())
+    results = []
+    for call in calls:
+        (error,) = struct.unpack("<q", data.read(8))
+        if error != 0:
+            raise RuntimeError(f"launch failed with cudaError_t {error}: {call.operation} {call.integers}")
+        results.append([None if array is None else from_bytes(data, array) for array in call.arrays])
+    return results
+
+
+def from_bytes(data: io.BytesIO, like: Tensor) -> Tensor:
+    raw = bytearray(data.read(like.numel() * like.element_size()))
+    return torch.frombuffer(raw, dtype=like.dtype).reshape(like.shape) if raw else torch.empty_like(like)

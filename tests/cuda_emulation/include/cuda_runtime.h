@@ -1,0 +1,120 @@
+// Stands in for the CUDA headers of the same names, so that the kernels' own sources compile with a host compiler and
+// run on host memory. Covers what csrc/kernels uses, no more. How the threads run is in emulation.cpp.
+#pragma once
+
+#include <math.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+
+#define __global__
+#define __device__
+#define __host__
+#define __launch_bounds__(...)
+// One copy per OS thread: the emulation gives each block its own by saving and restoring the thread's whole storage.
+#define __shared__ thread_local
+
+using std::min;
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+extern dim3 threadIdx, blockIdx, blockDim, gridDim;  // of the thread that runs now
+
+namespace emulation {
+
+struct Device {
+  int multiprocessors;
+  int blocks_per_multiprocessor;
+  int shared_bytes;  // the most that one block may have
+};
+void use_device(int index, uint64_t seed);  // the seed orders threads, blocks and asynchronous copies
+
+void run(dim3 grid, dim3 block, size_t shared_bytes, bool cooperative, const std::function<void()>& kernel);
+const void* exchange(const void* value, size_t bytes, int source_lane_mask);
+void block_barrier();
+void grid_barrier();
+void copy_async(void* to, const void* from, size_t bytes);
+void commit_copies();
+void wait_copies(size_t groups_left);
+
+}  // namespace emulation
+
+inline void __syncthreads() { emulation::block_barrier(); }
+
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
+  T result;
+  if (mask != 0xffffffffu) std::abort();  // only whole warps are emulated
+  std::memcpy(&result, emulation::exchange(&value, sizeof(T), lane_mask), sizeof(T));
+  return result;
+}
+
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorInvalidDevice = 101,
+  cudaErrorCooperativeLaunchTooLarge = 720
+};
+using cudaStream_t = void*;
+
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrCooperativeLaunch
+};
+cudaError_t cudaGetDevice(int* device);
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+struct cudaFuncAttributes {
+  size_t sharedSizeBytes;
+};
+cudaError_t emulated_raise_shared_memory(const void* kernel, int bytes);
+cudaError_t emulated_launch_check(const void* kernel, unsigned blocks, size_t shared_bytes, bool cooperative);
+cudaError_t emulated_occupancy(int* blocks, int threads, size_t shared_bytes);
+
+template <typename... P>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*)(P...)) {
+  attributes->sharedSizeBytes = 1024;  // more than any kernel's own: the emulation does not know it
+  return cudaSuccess;
+}
+template <typename... P>
+cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute, int bytes) {
+  return emulated_raise_shared_memory(reinterpret_cast<const void*>(kernel), bytes);
+}
+template <typename... P>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void (*)(P...), int threads, size_t shared) {
+  return emulated_occupancy(blocks, threads, shared);
+}
+
+enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative = 2 };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    int cooperative;
+  } val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
+};
+template <typename... P, typename... A>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...), A&&... arguments) {
+  const bool cooperative = config->numAttrs == 1 && config->attrs->val.cooperative;
+  const cudaError_t error = emulated_launch_check(reinterpret_cast<const void*>(kernel), config->gridDim.x,
+                                                  config->dynamicSmemBytes, cooperative);
+  if (error != cudaSuccess) return error;
+  emulation::run(config->gridDim, config->blockDim, config->dynamicSmemBytes, cooperative,
+                 [=] { kernel(static_cast<P>(arguments)...); });
+  return cudaSuccess;
+}
