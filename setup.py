@@ -12,6 +12,8 @@ import setuptools
 from setuptools.command.build_ext import build_ext
 
 SOURCE = Path(__file__).resolve().parent
+# What CMake reads once and keeps in its cache.
+CACHED = ["PATH", "PYTHONPATH", "CXX", "CXXFLAGS", "LDFLAGS", "CUDACXX", "CUDAFLAGS", "CUDAHOSTCXX", "CUDA_HOME"]
 
 
 def jobs() -> str:
@@ -39,13 +41,18 @@ class CMakeBuild(build_ext):
 
         package = Path(self.get_ext_fullpath("mla_ext._C")).resolve().parent
         build = SOURCE / "build" / f"cmake-{sys.implementation.cache_tag}"
-        # --fresh: a cache from another environment names compilers and tools that may be gone. Objects are kept.
-        python = f"-DPython_EXECUTABLE={sys.executable}"
-        configure = [cmake, "--fresh", "-G", "Ninja", "-S", SOURCE, "-B", build, python]
+        # A cache from another environment names compilers, tools and libraries that may be gone: then start afresh.
+        cache_key = build / "environment.txt"
+        environment = "\n".join([sys.executable, *(f"{name}={os.environ.get(name)}" for name in CACHED)])
+        same = cache_key.is_file() and cache_key.read_text() == environment
+        cache_key.unlink(missing_ok=True)
+        configure = [cmake, "-G", "Ninja", "-S", SOURCE, "-B", build, f"-DPython_EXECUTABLE={sys.executable}"]
+        configure += [] if same else ["--fresh"]
         result = subprocess.run(configure, env=self.env, stderr=subprocess.PIPE, text=True)
         if result.returncode:
             sentence = re.search(r"mla_ext: .*?(?=\n\s*\n)", result.stderr, re.DOTALL)
             raise SystemExit(" ".join(sentence[0].split()) if sentence else result.stderr)
+        cache_key.write_text(environment)
         sys.stderr.write(result.stderr)
         for command in (["--build", build, "-j", jobs()], ["--install", build, "--strip", "--prefix", package]):
             if subprocess.run([cmake, *command], env=self.env).returncode:

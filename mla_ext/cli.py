@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import build_info, checkpoint
+import torch
+
+from . import build_info, checkpoint, parallel
 from .data import SPLITS, MultimodalData, digits, load_npz
 from .recipe import METHODS, Settings, build
 from .training import CHECKPOINT, NonFiniteLossError, Report, evaluate, fit
@@ -24,7 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 2 for bad input (one line on standard error), 130 if interrupted."""
     try:
         arguments = _parser().parse_args(argv)
-        arguments.run(arguments)
+        with _ranks():
+            arguments.run(arguments)
     except (ValueError, OSError, ImportError, NonFiniteLossError) as error:
         print("mla-ext: error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
@@ -34,13 +39,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+@contextlib.contextmanager
+def _ranks() -> Iterator[None]:
+    """Joins the processes that torchrun started, if it did."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    torch.distributed.init_process_group("gloo")
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def _train(arguments: argparse.Namespace) -> None:
     settings = Settings(**{f.name: getattr(arguments, f.name) for f in dataclasses.fields(Settings)})
     if arguments.resume and arguments.out is None:
         raise ValueError("--resume: expected --out too, the directory of the run to resume")
     data = _load(arguments.data, settings)
     model, optimizer = build(data, settings)
-    if arguments.out is not None:
+    if arguments.out is not None and parallel.is_main():
         _write_config(arguments.out, settings, data, arguments.resume)
     history = fit(
         model,
@@ -53,6 +71,8 @@ def _train(arguments: argparse.Namespace) -> None:
         resume=arguments.resume,
         progress=arguments.progress,
     )
+    if not parallel.is_main():
+        return
     best = max(record["epoch"] for record in history if record["best"])
     report = evaluate(model, data, "test")
     print(f"{settings.method}, epoch {best} of {len(history)} (best on the validation split), test split:")

@@ -157,11 +157,14 @@ class ProjectedSGD(Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
-        # Consumed even if the step fails: features of a batch that was given up must not meet the next gradient.
-        observed, self._observed = self._observed, {}
         # Set by GradScaler for the length of this call.
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        head_steps, plain_groups = self._plan(observed)
+        try:
+            head_steps, plain_groups = self._plan()
+        finally:
+            # Even if the step fails: features of a batch that was given up must not meet the next gradient. In place,
+            # since torch.compile drops the assignment of an optimizer's attribute.
+            self._observed.clear()
         for group, params in plain_groups:
             self._plain_step(group, params, grad_scale, found_inf)
         for arguments in head_steps:
@@ -238,7 +241,7 @@ class ProjectedSGD(Optimizer):
             state["momentum_buffer"] = torch.zeros_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
         state["projection"] = _set_to_identity(torch.empty(2 * weight.shape[1:], dtype=dtype, device=weight.device))
 
-    def _plan(self, observed: dict[Tensor, Observation]) -> tuple[list[tuple], list[tuple[dict, list[Tensor]]]]:
+    def _plan(self) -> tuple[list[tuple], list[tuple[dict, list[Tensor]]]]:
         """The checked arguments of every head step, and the plain parameters by group; nothing is changed here."""
         heads: list[tuple[dict, Tensor]] = []
         plain: list[tuple[dict, list[Tensor]]] = []
@@ -252,7 +255,7 @@ class ProjectedSGD(Optimizer):
                 if of_a_kind:
                     plain.append((group, of_a_kind))
 
-        observations = [observed.get(weight) for _, weight in heads]
+        observations = [self._observed.get(weight) for _, weight in heads]
         means = [None if observation is None else observation.mean for observation in observations]
         if heads and self.process_group != "local" and dist.is_available() and dist.is_initialized():
             projections = [self.state[weight]["projection"] for _, weight in heads]
@@ -277,8 +280,8 @@ class ProjectedSGD(Optimizer):
     def _plain_step(
         self, group: dict[str, Any], params: list[Tensor], grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
-        """torch.optim.SGD's own step. Only its fused kernel reads scale, overflow and lr on the device."""
-        needs_fused = found_inf is not None or group["capturable"]
+        """torch.optim.SGD's own step. Only its fused kernel reads scale, overflow and, in eager mode, lr on the device."""
+        needs_fused = found_inf is not None or (group["capturable"] and not torch.compiler.is_compiling())
         buffers = [self.state[param].get("momentum_buffer") for param in params] if _has_momentum(group) else []
         # Its fused kernel makes momentum buffers even on overflow, and leaves them uninitialised.
         if found_inf is not None and None in buffers and found_inf.item():

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm import tqdm
 
-from . import checkpoint
+from . import checkpoint, parallel
 from .data import SPLITS, MultimodalData
 from .metrics import Score, score
 from .model import ORDERS, MultimodalModel, Step
@@ -124,7 +124,8 @@ def fit(
     """Train on the training split; leave the model with the weights of the epoch best on the validation split.
 
     The model says what a step is: a SharedHeadModel alternates between modalities (eq. 2), a ConcatModel trains all
-    at once. Best is the highest validation accuracy of the model's fusion (see `Report.fused`), then the lowest
+    at once. Where torch.distributed is initialised, every rank takes its share of each batch, gradients are summed
+    and the first rank writes the files: the result is that of one process, but for rounding. Best is the highest validation accuracy of the model's fusion (see `Report.fused`), then the lowest
     validation loss, then the earliest epoch. The test split is never read.
 
     Args:
@@ -173,7 +174,9 @@ def fit(
     if directory is not None:
         if resume and (directory / CHECKPOINT).exists():
             run.restore(directory / CHECKPOINT)
+        parallel.wait_for_all()  # nobody writes while others read
         run.open(directory)
+    parallel.broadcast(model)
 
     def epoch_steps(epoch: int) -> list[Step]:
         return model.steps(data, batch_size, order, torch.Generator().manual_seed(_epoch_seed(seed, epoch)))
@@ -182,7 +185,7 @@ def fit(
     first = len(run.history) + 1
     per_epoch = len(epoch_steps(first))
     total, done = per_epoch * max(epochs, first - 1), per_epoch * (first - 1)
-    with tqdm(total=total, initial=done, unit="step", disable=not progress) as bar:
+    with tqdm(total=total, initial=done, unit="step", disable=not (progress and parallel.is_main())) as bar:
         for epoch in range(first, epochs + 1):
             bar.set_description(f"epoch {epoch}/{epochs}")
             with torch.random.fork_rng(devices=cuda):
@@ -207,15 +210,17 @@ def _train_epoch(
     losses = []
     for step in steps:
         optimizer.zero_grad(set_to_none=True)  # None, not zero: what this step does not use must not move
-        loss = model.loss(data, step)
+        loss = _loss(model, data, step)
         loss.backward()
+        parallel.sum_gradients(model.parameters())
         optimizer.step()
         losses.append(loss.detach())
         bar.update()
 
     sums: dict[str, float] = {}
     counts: dict[str, int] = {}
-    for number, (step, loss) in enumerate(zip(steps, torch.stack(losses).tolist(), strict=True), start=1):
+    means = parallel.sum_over_ranks(torch.stack(losses)).tolist()
+    for number, (step, loss) in enumerate(zip(steps, means, strict=True), start=1):
         name = "+".join(step.modalities)
         if not math.isfinite(loss):
             raise NonFiniteLossError(
@@ -224,6 +229,18 @@ def _train_epoch(
         sums[name] = sums.get(name, 0.0) + loss * len(step.indices)
         counts[name] = counts.get(name, 0) + len(step.indices)
     return {name: sums[name] / counts[name] for name in sums}
+
+
+def _loss(model: MultimodalModel, data: MultimodalData, step: Step) -> Tensor:
+    """This rank's part of the step's loss; the parts of all ranks add up to the mean over the batch."""
+    indices = parallel.share(step.indices)
+    if len(indices) == 0:
+        # The same parameters need a gradient here as elsewhere; in evaluation mode nothing is recorded.
+        model.eval()
+        loss = 0.0 * model.loss(data, step._replace(indices=step.indices[:1]))
+        model.train()
+        return loss
+    return model.loss(data, step._replace(indices=indices)) * (len(indices) / len(step.indices))
 
 
 class _Run:
@@ -256,12 +273,16 @@ class _Run:
 
     def open(self, directory: Path) -> None:
         """Make `directory` agree with the history: a new run removes the old one, a resumed one mends its metrics."""
+        if not parallel.is_main():
+            return
         directory.mkdir(parents=True, exist_ok=True)
         if not self.history:
             (directory / CHECKPOINT).unlink(missing_ok=True)
         self._write_metrics(directory)
 
     def save(self, directory: Path) -> None:
+        if not parallel.is_main():
+            return
         content = {
             "settings": self.settings,
             "epoch": len(self.history),

@@ -1,6 +1,10 @@
 """Two and three gloo processes against one process on the joined batch."""
 
+import json
+import os
 import socket
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -154,3 +158,26 @@ def no_features(rank, world):
 def test_without_features_on_any_rank_nothing_is_absorbed(tmp_path):
     for _, P in run(no_features, 2, tmp_path):
         assert torch.equal(P, torch.eye(8))
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_torchrun_trains_as_one_process(world, tmp_path):
+    """Same settings, same data: the ranks' run ends where the single process ends, and resumes."""
+    command = ["-m", "mla_ext", "train", "--data", "digits", "--epochs", "2", "--batch-size", "100", "--no-progress"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def run(*start, epochs="2"):
+        out = tmp_path / str(len(start))
+        arguments = [*start, *command, "--out", str(out), "--resume", "--epochs", epochs]
+        subprocess.run(arguments, check=True, env=environment, capture_output=True, text=True)
+        return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+    alone = run(sys.executable)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+    run(*torchrun, epochs="1")
+    together = run(*torchrun)
+    assert len(together) == len(alone) == 2
+    for ours, theirs in zip(together, alone, strict=True):
+        assert ours["training_loss"] == pytest.approx(theirs["training_loss"], rel=1e-3)
+        for fusion, score in ours["validation"]["fusions"].items():
+            assert score["accuracy"] == pytest.approx(theirs["validation"]["fusions"][fusion]["accuracy"], abs=0.02)

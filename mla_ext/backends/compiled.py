@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import _fakes, _library
 from ..reference import Hyperparameters
 
 _ops = torch.ops.mla_ext
+if _library.load_error is None:
+    _fakes.register()
 
 
 def feature_mean(features: Tensor) -> Tensor:

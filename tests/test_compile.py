@@ -1,0 +1,190 @@
+"""torch.compile, torch.export and torch.library.opcheck on the compiled ops and on the optimizer that calls them."""
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+from mla_ext import ProjectedSGD, _library, entropy_fusion
+
+pytestmark = [
+    pytest.mark.skipif(_library.load_error is not None, reason="the ops are not compiled"),
+    pytest.mark.filterwarnings("ignore"),  # torch's own, about its own
+]
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def graphs():
+    return counters["stats"]["unique_graphs"]
+
+
+def randn(*shape, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+
+
+def head(dtype, **optional):
+    C, s = 3, 5
+    accumulate = torch.float64 if dtype == torch.float64 else torch.float32
+    given = {
+        "momentum_buffer": torch.zeros(C, s, dtype=accumulate),
+        "feature_mean": randn(s, dtype=accumulate),
+        "grad_scale": None,
+        "found_inf": None,
+    } | optional
+    buffer, mean, scale, overflow = given.values()
+    numbers = (0.1, 0.9, 0.0, 0.01, False, False, 0.1, True, False, 0.0)
+    eye = torch.eye(s, dtype=accumulate)
+    return (randn(C, s, dtype=dtype), randn(C, s, dtype=dtype), buffer, eye, mean, torch.zeros(()), *numbers) + (
+        scale,
+        overflow,
+    )
+
+
+OPS = torch.ops.mla_ext
+SAMPLES = {
+    "feature_mean": lambda: (OPS.feature_mean, (randn(4, 5),)),
+    "feature_mean_bf16": lambda: (OPS.feature_mean, (randn(4, 5, dtype=torch.bfloat16),)),
+    "rls_update_": lambda: (OPS.rls_update_, (torch.eye(5), randn(5), 0.1, 0.0, False)),
+    "head_step_": lambda: (OPS.head_step_, head(torch.float32)),
+    "head_step_fp16": lambda: (OPS.head_step_, head(torch.float16)),
+    "head_step_fp64": lambda: (OPS.head_step_, head(torch.float64)),
+    "head_step_tensors": lambda: (
+        OPS.head_step_,
+        (*head(torch.float32, grad_scale=torch.ones(()), found_inf=torch.zeros(())), torch.ones(()), torch.ones(())),
+    ),
+    "entropy_fusion": lambda: (OPS.entropy_fusion, (randn(2, 3, 4), None)),
+    "entropy_fusion_bf16": lambda: (
+        OPS.entropy_fusion,
+        (randn(2, 3, 4, dtype=torch.bfloat16), torch.ones(2, 3, dtype=torch.bool)),
+    ),
+}
+
+
+@pytest.mark.parametrize("sample", SAMPLES)
+def test_opcheck(sample):
+    op, arguments = SAMPLES[sample]()
+    torch.library.opcheck(op.default, arguments)
+
+
+def test_every_op_is_checked():
+    defined = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("mla_ext::")}
+    assert defined == {SAMPLES[sample]()[0].__name__ for sample in SAMPLES}
+
+
+class Fusion(nn.Module):
+    def forward(self, logits, present):
+        return entropy_fusion(logits, present)
+
+
+def test_entropy_fusion_is_exported_for_any_number_of_samples():
+    samples = torch.export.Dim("samples")
+    exported = torch.export.export(
+        Fusion(),
+        (randn(2, 7, 3), torch.ones(2, 7, dtype=torch.bool)),
+        dynamic_shapes={"logits": {1: samples}, "present": {1: samples}},
+    )
+    assert "mla_ext.entropy_fusion" in str(exported.graph)
+    logits, present = randn(2, 11, 3), randn(2, 11) > 0
+    for actual, expected in zip(exported.module()(logits, present), entropy_fusion(logits, present), strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_entropy_fusion_compiles_without_a_graph_break():
+    compiled = torch.compile(entropy_fusion, fullgraph=True, backend="aot_eager")
+    logits = randn(2, 7, 3)
+    for actual, expected in zip(compiled(logits), entropy_fusion(logits), strict=True):
+        assert torch.equal(actual, expected)
+
+
+def network(lr, **options):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
+    optimizer = ProjectedSGD(model.parameters(), lr=lr, **options)
+    optimizer.attach(model[2])
+    return model, optimizer
+
+
+def batch(seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(4, 5, generator=generator), torch.randint(3, (4,), generator=generator)
+
+
+def backward(model, x, y):
+    nn.functional.cross_entropy(model(x), y).backward()
+
+
+def assert_same_state(model, optimizer, other_model, other_optimizer):
+    for a, b in zip(model.parameters(), other_model.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+        states = [opt.state[p] for opt, p in ((optimizer, a), (other_optimizer, b))]
+        assert states[0].keys() == states[1].keys()
+        for name, value in states[0].items():
+            torch.testing.assert_close(value, states[1][name])
+
+
+OPTIONS = {
+    "momentum": {"momentum": 0.9, "weight_decay": 0.01},
+    "before": {"momentum": 0.9, "nesterov": True, "absorb": "before", "forget": 0.01},
+    "plain": {},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_a_compiled_step_follows_the_scheduler_without_recompiling(options):
+    model, optimizer = network(torch.tensor(0.1), alpha=torch.tensor(0.1), **options)
+    shadow, eager = network(torch.tensor(0.1), alpha=torch.tensor(0.1), **options)
+    step = torch.compile(optimizer.step, fullgraph=True, backend="inductor" if "momentum" in options else "aot_eager")
+    schedulers = [torch.optim.lr_scheduler.ExponentialLR(opt, 0.5) for opt in (optimizer, eager)]
+    compiled_graphs = []
+    for t in range(6):
+        for net, opt, do_step, scheduler in zip(
+            (model, shadow), (optimizer, eager), (step, eager.step), schedulers, strict=True
+        ):
+            backward(net, *batch(t))
+            do_step()
+            opt.zero_grad()
+            scheduler.step()
+            opt.param_groups[0]["alpha"].mul_(0.9)
+        assert_same_state(model, optimizer, shadow, eager)
+        compiled_graphs.append(graphs())
+    # The first step, and one that finds the momentum of the first.
+    assert compiled_graphs[1:] == [compiled_graphs[1]] * 5 and compiled_graphs[1] <= 2
+
+
+def test_a_compiled_training_step_equals_the_eager_one_without_recompiling():
+    def train_step(net, opt, x, y):
+        loss = nn.functional.cross_entropy(net(x), y)
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+        return loss
+
+    nets, optimizers = zip(*(network(torch.tensor(0.1), momentum=0.9) for _ in range(2)), strict=True)
+    compiled = torch.compile(train_step)
+    schedulers = [torch.optim.lr_scheduler.ExponentialLR(opt, 0.5) for opt in optimizers]
+    seen = []
+    for t in range(6):
+        losses = [do(*arguments, *batch(t)) for do, *arguments in zip((compiled, train_step), nets, optimizers)]
+        for scheduler in schedulers:
+            scheduler.step()
+        torch.testing.assert_close(*losses)
+        assert_same_state(nets[0], optimizers[0], nets[1], optimizers[1])
+        seen.append(graphs())
+    assert seen[1:] == [seen[1]] * 5
+
+
+def test_the_forward_pass_that_records_features_is_one_graph():
+    model, optimizer = network(0.1)
+    compiled = torch.compile(lambda x, y: nn.functional.cross_entropy(model(x), y), fullgraph=True)
+    for t in range(3):
+        x, y = batch(t)
+        compiled(x, y).backward()
+        (observation,) = optimizer._observed.values()
+        torch.testing.assert_close(observation.mean, model[1](model[0](x)).mean(0))
+        optimizer.step()
+        optimizer.zero_grad()
