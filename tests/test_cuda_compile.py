@@ -46,7 +46,9 @@ def parse(report: str) -> dict[str, Usage]:
     """Of each kernel, named like `feature_mean_kernel, float32`, what ptxas says that it takes."""
     usages = {}
     for entry in report.split("Compiling entry function '")[1:]:
-        mangled = re.match(r"\S*?\d(?P<kernel>[a-z][a-z_]*_kernel)I(?P<type>\d*[_a-z]\w*?)(?:Lb(?P<aligned>[01])E)?EEv", entry)
+        mangled = re.match(
+            r"\S*?\d(?P<kernel>[a-z][a-z_]*_kernel)I(?P<type>\d*[_a-z]\w*?)(?:Lb(?P<aligned>[01])E)?EEv", entry
+        )
         assert mangled, entry.splitlines()[0]
         name = f"{mangled['kernel']}, {TYPES[mangled['type']]}"
         if mangled["aligned"]:
@@ -81,7 +83,7 @@ def table(usages: dict[str, dict[str, Usage]]) -> str:
     lines = [
         "# What each CUDA kernel takes",
         "",
-        f"Registers of a thread by architecture, and static shared memory of a block, as nvcc {nvcc_version()} reports.",
+        f"Registers of a thread, and static shared memory of a block, as nvcc {nvcc_version()} reports them.",
         "No kernel spills or keeps anything in local memory. Dynamic shared memory comes on top, by the shape of the",
         "tensors: `Tiling` in csrc/kernels/product.cuh. Written and checked by tests/test_cuda_compile.py.",
         "",

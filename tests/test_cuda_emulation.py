@@ -31,6 +31,7 @@ SIZES = (1, 7, 33, 512, 513, 1030)
 CLASSES = (1, 2, 6, 101)
 BATCHES = (1, 64, 257)
 NAN = float("nan")
+USUAL = Hyperparameters(lr=0.1, momentum=0.9, weight_decay=0.01)
 
 
 @pytest.fixture(scope="session")
@@ -70,13 +71,13 @@ def random_projection(s: int) -> Tensor:
 
 @dataclass(frozen=True)
 class HeadCase:
-    """Some steps of a head: inputs drawn from `seed`, the call of the kernels, and what the reference makes of them."""
+    """Some steps of a head: inputs drawn at random, the call of the kernels, and what the reference makes of them."""
 
     s: int
     classes: int
     dtype: torch.dtype
     device: int
-    hyper: Hyperparameters = Hyperparameters(lr=0.1, momentum=0.9, weight_decay=0.01)
+    hyper: Hyperparameters = USUAL
     steps: int = 2
     steps_before: int = 0
     absorbs: bool = True
@@ -215,7 +216,7 @@ def test_head_step_sizes(fast, tmp_path, s):
     for classes, dtype in itertools.product(CLASSES, DTYPES):
         if classes * s > 50_000 and dtype in (torch.float64, torch.float16):
             continue
-        hyper = Hyperparameters(lr=0.1, momentum=0.9, weight_decay=0.01, absorb=next(absorbs))
+        hyper = replace(USUAL, absorb=next(absorbs))
         cases.append(HeadCase(s, classes, dtype, next(devices), hyper, steps=2 if s > 33 else 5, order=s))
     check_head_steps(fast, tmp_path, cases)
 
@@ -266,7 +267,9 @@ def test_rls_update(fast, tmp_path, forget, normalize):
         h = torch.randn(s, generator=generator).to(dtype)
         calls.append(Call(harness.RLS_UPDATE, [harness.DTYPES[dtype], s, normalize], [0.3, forget], [P, h], device, s))
         arguments = (0.3, forget, normalize)
-        checks.append((reference.rls_update(P.double(), h.double(), *arguments), reference.rls_update(P, h, *arguments)))
+        checks.append(
+            (reference.rls_update(P.double(), h.double(), *arguments), reference.rls_update(P, h, *arguments))
+        )
     for call, (exact, plain), (P, h) in zip(calls, checks, harness.run(fast, calls, tmp_path), strict=True):
         assert_accurate(P, exact, plain, str(call.integers))
         assert torch.equal(P, P.T)
@@ -316,6 +319,7 @@ def test_feature_mean(build, request, tmp_path):
 
 
 def fusion_call(logits: Tensor, present: Tensor | None, device: int = H100, seed: int = 0) -> Call:
+    """Every other seed has logits that are not aligned to 16 bytes."""
     m, n, c = logits.shape
     accumulate = accumulate_dtype(logits.dtype)
     if present is not None:
@@ -323,7 +327,8 @@ def fusion_call(logits: Tensor, present: Tensor | None, device: int = H100, seed
         present = present.to(torch.uint8)
     outputs = [torch.full((n, c), NAN, dtype=logits.dtype), torch.full((m, n), NAN, dtype=accumulate)]
     integers = [harness.DTYPES[logits.dtype], m, n, c]
-    return Call(harness.ENTROPY_FUSION, integers, (), [logits, present, *outputs], device, seed)
+    offsets = {0: seed % 2 * logits.element_size()}
+    return Call(harness.ENTROPY_FUSION, integers, (), [logits, present, *outputs], device, seed, offsets)
 
 
 def random_logits(m: int, n: int, c: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -344,7 +349,7 @@ def check_fusions(program: Path, directory: Path, shapes: list[tuple[int, int, i
     for shape, dtype, with_present in itertools.product(shapes, dtypes, (False, True)):
         logits, present = random_logits(*shape, dtype)
         cases.append((logits, present if with_present else None))
-    calls = [fusion_call(*case, device, seed=i) for i, case in enumerate(cases)]
+    calls = [fusion_call(*case, device, seed=i // 2) for i, case in enumerate(cases)]
     for (logits, present), (_, _, fused, weights) in zip(cases, harness.run(program, calls, directory), strict=True):
         exact, plain = reference.entropy_fusion(logits.double(), present), reference.entropy_fusion(logits, present)
         infinite = exact[0].isinf()
@@ -400,6 +405,21 @@ def test_same_bits_in_every_order(fast, tmp_path):
                 assert (a is None and b is None) or harness.to_bytes(a) == harness.to_bytes(b), call.integers
 
 
+def test_launches(fast, tmp_path):
+    """One for each step where the rows of P fit on chip, two where not, and one more to normalize."""
+    normalize = Hyperparameters(normalize=True)
+    expected = [
+        (HeadCase(512, 6, torch.float32, H100, steps=1), 1),
+        (HeadCase(512, 6, torch.float32, FORTY, normalize, steps=1), 1),
+        (HeadCase(512, 6, torch.float32, FORTY, steps=1, product_given=True), 2),
+        (HeadCase(512, 6, torch.float32, THREE, steps=1), 2),
+        (HeadCase(512, 6, torch.float32, THREE, normalize, steps=1), 3),
+    ]
+    calls = [case.call() for case, _ in expected]
+    harness.run(fast, calls, tmp_path)
+    assert [call.launches for call in calls] == [launches for _, launches in expected]
+
+
 def test_driver_refuses_bad_arguments(fast, tmp_path):
     call = HeadCase(7, 2, torch.float32, THREE).call()
     no_step = replace(call, arrays=[*call.arrays[:3], None, *call.arrays[4:]])
@@ -410,7 +430,7 @@ def test_driver_refuses_bad_arguments(fast, tmp_path):
             harness.run(fast, [bad], tmp_path)
 
 
-# Defects put into a copy of the sources: file, what is replaced (once), by what, and whether it takes a sanitizer to see.
+# Defects put into a copy of the sources: file, what is replaced (once), by what, and whether only a sanitizer sees it.
 DEFECTS = {
     "barrier of the mean": ("feature_mean.cu", "    __syncthreads();\n", "", False),
     "bounds check of the mean": ("feature_mean.cu", "if (column < columns) {", "{", True),
@@ -443,7 +463,7 @@ def test_defects_are_caught(request, tmp_path, name):
     program = harness.rebuild(tmp_path / "build", flags, kernels, changed, base)
     if changed == "feature_mean.cu":
         calls = [(call, features) for call, features in mean_calls() if call.integers[2] == 33]
-        with pytest.raises((AssertionError, RuntimeError), match="error|Sanitizer"):
+        with pytest.raises((AssertionError, RuntimeError), match=r"error|Sanitizer"):
             for (_, features), (_, mean) in zip(
                 calls, harness.run(program, [call for call, _ in calls], tmp_path), strict=True
             ):

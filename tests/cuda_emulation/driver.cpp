@@ -1,7 +1,7 @@
 // Runs kernels on the emulated device: `driver INPUT OUTPUT`. INPUT is a sequence of calls, each
 //   int64 operation, device, seed; int64 count and as many int64 arguments; int64 count and as many double arguments;
 //   int64 count of arrays, each: int64 bytes (-1: a null pointer), int64 offset (bytes past 16-byte alignment), data.
-// OUTPUT gets for each call int64 error, then every array's data again: what was not to change must not have.
+// OUTPUT gets for each call int64 error, launches; then every array's data again: what was not to change must not have.
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -39,7 +39,8 @@ struct Array {
   unsigned char* data = nullptr;
   size_t bytes = 0;
 
-  Array(size_t bytes, size_t offset) : memory(new unsigned char[bytes + offset]), data(memory.get() + offset), bytes(bytes) {
+  Array(size_t bytes, size_t offset)
+      : memory(new unsigned char[bytes + offset]), data(memory.get() + offset), bytes(bytes) {
     std::memset(data, 0xff, bytes);  // NaN
   }
   Array() = default;
@@ -91,8 +92,8 @@ cudaError_t head_steps(const std::vector<int64_t>& n, const std::vector<double>&
     scalars.alpha_ptr = as_float(alpha);
     scalars.grad_scale = as_float(scale);
     scalars.found_inf = as_float(inf);
-    const HeadStepTensors tensors = {a[0].data, grad.data, a[1].data, a[2].data, mean.data,
-                                     reinterpret_cast<float*>(a[3].data)};
+    const HeadStepTensors tensors = {a[0].data, grad.data, a[1].data,
+                                     a[2].data, mean.data, reinterpret_cast<float*>(a[3].data)};
     const cudaError_t error =
         z.data ? head_step_projected(dtype, tensors, z.data, classes, features, scalars, workspace.data, nullptr)
                : head_step(dtype, tensors, classes, features, scalars, workspace.data, nullptr);
@@ -136,7 +137,8 @@ int main(int argc, char** argv) {
     for (int64_t i = 0; i < count; ++i) arrays.push_back(read_array(input));
     emulation::use_device(static_cast<int>(header[1]), static_cast<uint64_t>(header[2]));
     const int64_t error = call(header[0], integers, reals, arrays);
-    std::fwrite(&error, sizeof(error), 1, output);
+    const int64_t outcome[2] = {error, emulation::launches()};
+    std::fwrite(outcome, sizeof(outcome), 1, output);
     for (const Array& array : arrays) {
       if (array.bytes > 0) std::fwrite(array.data, 1, array.bytes, output);
     }

@@ -2,6 +2,9 @@
 // barrier, or for the other lanes of its warp. So a missing barrier lets some thread read what is not yet written, and
 // as all shared memory begins as NaN, the answer is wrong. Dynamic shared memory is an allocation of its exact size:
 // under AddressSanitizer an access beyond it is reported, as is one beyond any array in global memory.
+//
+// With include/ it is some 500 lines, as it also checks what the device would refuse or hang on: shared memory not
+// asked for, a cooperative launch too large, misaligned asynchronous copies, barriers that not all threads reach.
 #include <elf.h>
 #include <link.h>
 #include <sys/mman.h>
@@ -55,6 +58,7 @@ constexpr unsigned char kPoison = 0xff;      // bytes of a NaN in every floating
 const Device kDevices[] = {{132, 1, 232448}, {3, 1, 232448}, {40, 1, 166912}, {5, 2, 101376}, {1, 1, 101376}};
 
 int device_index = 0;
+int64_t launch_count = 0;
 std::mt19937_64 generator;
 std::map<std::pair<int, const void*>, int> raised_shared_bytes;  // of a device's kernel
 
@@ -206,7 +210,8 @@ void fibre_main() {
 unsigned char* stack_of(size_t index) {
   static std::vector<unsigned char*> stacks;
   while (stacks.size() <= index) {
-    void* memory = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* memory =
+        mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) fail("no memory for a stack");
     stacks.push_back(static_cast<unsigned char*>(memory));
   }
@@ -256,12 +261,16 @@ void run_blocks(const unsigned* indices, size_t count, unsigned threads, size_t 
 void use_device(int index, uint64_t seed) {
   device_index = index;
   generator.seed(seed);
+  launch_count = 0;
 }
+
+int64_t launches() { return launch_count; }
 
 void run(dim3 grid_size, dim3 block_size, size_t shared_bytes, bool cooperative, const std::function<void()>& kernel) {
   gridDim = grid_size;
   blockDim = block_size;
   current_kernel = &kernel;
+  ++launch_count;
   std::vector<unsigned> order(grid_size.x);
   for (unsigned i = 0; i < grid_size.x; ++i) order[i] = i;
   std::shuffle(order.begin(), order.end(), generator);

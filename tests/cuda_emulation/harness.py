@@ -47,6 +47,7 @@ class Call:
     device: int = H100
     seed: int = 0
     offsets: dict[int, int] = field(default_factory=dict)
+    launches: int | None = None  # how many kernels it took, once it has run
 
     def encode(self) -> bytes:
         parts = [struct.pack("<3q", self.operation, self.device, self.seed)]
@@ -101,7 +102,7 @@ def rebuild(directory: Path, flags: Sequence[str], kernels: Path, changed: str, 
 
 
 def run(program: Path, calls: Sequence[Call], directory: Path) -> list[list[Tensor | None]]:
-    """Every call's arrays as they are afterwards. RuntimeError with the report if the program stops or a launch fails."""
+    """Every call's arrays afterwards. RuntimeError with the report if the program stops or a launch fails."""
     with ThreadPoolExecutor(2) as pool:  # every other call to each of two processes
         halves = list(pool.map(lambda i: run_in_turn(program, calls[i::2], directory / f"calls{i}"), range(2)))
     return [halves[i % 2][i // 2] for i in range(len(calls))]
@@ -117,7 +118,7 @@ def run_in_turn(program: Path, calls: Sequence[Call], file: Path) -> list[list[T
     data = io.BytesIO(target.read_bytes())
     results = []
     for call in calls:
-        (error,) = struct.unpack("<q", data.read(8))
+        error, call.launches = struct.unpack("<2q", data.read(16))
         if error != 0:
             raise RuntimeError(f"launch failed with cudaError_t {error}: {call.operation} {call.integers}")
         results.append([None if array is None else from_bytes(data, array) for array in call.arrays])

@@ -33,6 +33,7 @@ struct Device {
   int shared_bytes;  // the most that one block may have
 };
 void use_device(int index, uint64_t seed);  // the seed orders threads, blocks and asynchronous copies
+int64_t launches();                         // since then
 
 void run(dim3 grid, dim3 block, size_t shared_bytes, bool cooperative, const std::function<void()>& kernel);
 const void* exchange(const void* value, size_t bytes, int source_lane_mask);
