@@ -280,7 +280,7 @@ class ProjectedSGD(Optimizer):
     def _plain_step(
         self, group: dict[str, Any], params: list[Tensor], grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
-        """torch.optim.SGD's own step. Only its fused kernel reads scale, overflow and, in eager mode, lr on the device."""
+        """torch.optim.SGD's own step. Only its fused kernel reads scale, overflow and (eagerly) lr on the device."""
         needs_fused = found_inf is not None or (group["capturable"] and not torch.compiler.is_compiling())
         buffers = [self.state[param].get("momentum_buffer") for param in params] if _has_momentum(group) else []
         # Its fused kernel makes momentum buffers even on overflow, and leaves them uninitialised.

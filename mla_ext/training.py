@@ -23,6 +23,7 @@ from .data import SPLITS, MultimodalData
 from .metrics import Score, score
 from .model import ORDERS, MultimodalModel, Step
 from .ops import entropy_fusion
+from .optimizer import ProjectedSGD
 
 CHECKPOINT = "last.pt"
 METRICS = "metrics.jsonl"
@@ -117,6 +118,7 @@ def fit(
     order: str = "given",
     seed: int = 0,
     scheduler: LRScheduler | None = None,
+    reset_projection: bool = False,
     out: str | Path | None = None,
     resume: bool = False,
     progress: bool = True,
@@ -124,9 +126,11 @@ def fit(
     """Train on the training split; leave the model with the weights of the epoch best on the validation split.
 
     The model says what a step is: a SharedHeadModel alternates between modalities (eq. 2), a ConcatModel trains all
-    at once. Where torch.distributed is initialised, every rank takes its share of each batch, gradients are summed
-    and the first rank writes the files: the result is that of one process, but for rounding. Best is the highest validation accuracy of the model's fusion (see `Report.fused`), then the lowest
+    at once. Best is the highest validation accuracy of the model's fusion (see `Report.fused`), then the lowest
     validation loss, then the earliest epoch. The test split is never read.
+
+    Where torch.distributed is initialised every rank takes its share of each batch, gradients are summed, and the
+    first rank writes the files: the result is that of one process, but for rounding.
 
     Args:
         epochs: passes over the training split.
@@ -134,6 +138,7 @@ def fit(
         seed: of shuffling and of the model's own randomness (dropout). Each epoch draws from a generator seeded by
             `seed` and the epoch; the global generators are left as they were.
         scheduler: stepped after every epoch.
+        reset_projection: start every epoch with the projections of a ProjectedSGD at the identity.
         out: a directory for the checkpoint `last.pt`, written after every epoch and never left half-written, and
             for `metrics.jsonl`, one record per line. A run that is in it already is removed, unless resumed.
         resume: go on from the checkpoint in `out`, to the same bits as a run that was never interrupted (where the
@@ -161,6 +166,8 @@ def fit(
         raise ValueError(f"seed: expected 0 <= seed < 2**31, got {seed}")
     if scheduler is not None and (not isinstance(scheduler, LRScheduler) or isinstance(scheduler, ReduceLROnPlateau)):
         raise TypeError(f"scheduler: expected an LRScheduler that needs no metric, got {type(scheduler).__name__}")
+    if reset_projection and not isinstance(optimizer, ProjectedSGD):
+        raise TypeError(f"reset_projection: expected a ProjectedSGD as optimizer, got {type(optimizer).__name__}")
     if resume and out is None:
         raise ValueError("resume: expected `out` too, the directory of the run to resume, got None")
     for modality in model.modalities:
@@ -169,7 +176,9 @@ def fit(
     if len(data.indices("validation")) == 0:
         raise ValueError("data: expected validation samples, to choose the epoch by, got none")
 
-    run = _Run(model, optimizer, scheduler, _settings(model, optimizer, data, batch_size, order, seed))
+    settings = _settings(model, optimizer, data)
+    settings |= {"batch_size": batch_size, "order": order, "seed": seed, "reset_projection": reset_projection}
+    run = _Run(model, optimizer, scheduler, settings)
     directory = None if out is None else Path(out)
     if directory is not None:
         if resume and (directory / CHECKPOINT).exists():
@@ -190,6 +199,8 @@ def fit(
             bar.set_description(f"epoch {epoch}/{epochs}")
             with torch.random.fork_rng(devices=cuda):
                 torch.manual_seed(_epoch_seed(seed, epoch))
+                if reset_projection:
+                    optimizer.reset_projection()
                 with _mode(model, training=True):
                     training_loss = _train_epoch(model, optimizer, data, epoch_steps(epoch), epoch, bar)
                 report = evaluate(model, data, "validation")
@@ -236,10 +247,8 @@ def _loss(model: MultimodalModel, data: MultimodalData, step: Step) -> Tensor:
     indices = parallel.share(step.indices)
     if len(indices) == 0:
         # The same parameters need a gradient here as elsewhere; in evaluation mode nothing is recorded.
-        model.eval()
-        loss = 0.0 * model.loss(data, step._replace(indices=step.indices[:1]))
-        model.train()
-        return loss
+        with _mode(model, training=False):
+            return 0.0 * model.loss(data, step._replace(indices=step.indices[:1]))
     return model.loss(data, step._replace(indices=indices)) * (len(indices) / len(step.indices))
 
 
@@ -312,10 +321,8 @@ class _Run:
         self.history, self.best = content["history"], content["best"]
 
 
-def _settings(
-    model: MultimodalModel, optimizer: Optimizer, data: MultimodalData, batch_size: int, order: str, seed: int
-) -> dict[str, Any]:
-    """What a run that is resumed must agree in with its checkpoint."""
+def _settings(model: MultimodalModel, optimizer: Optimizer, data: MultimodalData) -> dict[str, Any]:
+    """What a run that is resumed must agree in with its checkpoint, besides the arguments of `fit`."""
     return {
         "model": type(model).__name__,
         "optimizer": type(optimizer).__name__,
@@ -324,9 +331,6 @@ def _settings(
         "samples": {split: len(data.indices(split)) for split in SPLITS},
         "training samples": {m: len(data.indices("train", m)) for m in model.modalities},
         "parameters": {name: list(parameter.shape) for name, parameter in model.named_parameters()},
-        "batch_size": batch_size,
-        "order": order,
-        "seed": seed,
     }
 
 

@@ -476,6 +476,24 @@ def test_splits_without_samples_are_refused():
 # --- evaluation ---
 
 
+def test_reset_projection_starts_every_epoch_at_the_identity(monkeypatch):
+    model, optimizer = make()
+    seen = []
+    train_epoch = training._train_epoch
+
+    def spy(*arguments):
+        seen.append(torch.equal(optimizer.projection(model.head.weight), torch.eye(8)))
+        return train_epoch(*arguments)
+
+    monkeypatch.setattr(training, "_train_epoch", spy)
+    run(model, optimizer, make_data(), epochs=2)
+    run(model, optimizer, make_data(), epochs=2, reset_projection=True)
+    assert seen == [True, False, True, True]
+    model, optimizer = make("alternating")
+    with pytest.raises(TypeError, match="reset_projection: expected a ProjectedSGD as optimizer, got SGD"):
+        run(model, optimizer, make_data(), reset_projection=True)
+
+
 def test_evaluate_by_hand():
     data, (model, _) = make_data(), make("alternating")
     model.train()

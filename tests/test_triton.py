@@ -1,0 +1,299 @@
+"""The Triton kernels: in Triton's interpreter against the reference, and compiled ahead of time for several GPUs."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mla_ext import _library, backends
+from mla_ext.reference import Hyperparameters, accumulate_dtype
+
+# Triton 3.9 announces that 3.10 will contract to fma no longer; the kernels are right either way.
+pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+triton = pytest.importorskip("triton")
+from triton.backends.compiler import GPUTarget  # noqa: E402
+
+# KiB of shared memory that a block may have.
+TARGETS = {
+    "sm_80": (GPUTarget("cuda", 80, 32), 163),
+    "sm_90": (GPUTarget("cuda", 90, 32), 227),
+    "sm_100": (GPUTarget("cuda", 100, 32), 227),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 64),
+}
+
+
+def run(*command, path=ROOT, **environment):
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("MLA_EXT_", "PYTHON", "TRITON_"))}
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(path), **environment}
+    return subprocess.run(
+        [sys.executable, *command], env=inherited | environment, cwd=path, capture_output=True, text=True
+    )
+
+
+# The interpreter takes a millisecond for each operation of each program: small sizes, but of several programs each.
+SUITE = "triton and not (513 or 257 or 130 or 1000 or deterministic) and not (test_head_step and 1-1-1)"
+SPOT_CHECKS = """
+import torch
+from mla_ext import ops, reference
+from mla_ext.reference import Hyperparameters
+
+def check(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+generator = torch.Generator().manual_seed(0)
+randn = lambda *shape: torch.randn(*shape, generator=generator)
+
+# More classes than a tile of Z has rows, and numbers that are read from tensors.
+for absorb in ("after", "before"):
+    W, G, M, P, h = randn(70, 20), randn(70, 20), randn(70, 20), torch.eye(20), randn(20)
+    numbers = {"momentum": 0.9, "absorb": absorb, "forget": 0.1}
+    tensors = {"lr": torch.tensor(0.3), "alpha": torch.tensor(0.2, dtype=torch.float64)}
+    hyper, step = Hyperparameters(**numbers, **tensors), torch.ones(())
+    expected = reference.head_step(W, G, M, P, h, step, Hyperparameters(lr=0.3, alpha=0.2, **numbers))
+    ops.head_step_(W, G, M, P, h, step, hyper, backend="triton")
+    for actual, wanted in zip((W, M, P), expected):
+        check(actual, wanted)
+    assert step == 2
+
+# Every column tile of the update, of the sums in "before" and of the logits is followed by another.
+W, G, P, h = randn(1, 1030), randn(1, 1030), torch.eye(1030), randn(1030)
+expected = reference.head_step(W, G, None, P, h, torch.zeros(()), Hyperparameters(absorb="before"))
+from mla_ext.triton_kernels import head_step
+head_step.UPDATE_ROWS = 256  # fewer programs for the interpreter
+ops.head_step_(W, G, None, P, h, torch.zeros(()), Hyperparameters(absorb="before"), backend="triton")
+check(W, expected[0]), check(P, expected[2])
+assert torch.equal(P, P.T)
+logits = 5 * randn(2, 2, 1030)
+logits[0, 0, :1024] = -torch.inf
+for actual, wanted in zip(ops.entropy_fusion(logits, backend="triton"), reference.entropy_fusion(logits)):
+    assert torch.equal(actual.isnan(), wanted.isnan())
+    check(actual.nan_to_num(), wanted.nan_to_num())
+
+# A mean that cannot be absorbed leaves P alone and still steps the weights.
+for absorb in ("after", "before"):
+    W, G, P, h, step = randn(3, 9), randn(3, 9), torch.eye(9), torch.full((9,), torch.nan), torch.zeros(())
+    expected = W - 0.1 * G
+    hyper = Hyperparameters(lr=0.1, absorb=absorb, normalize=True)
+    ops.head_step_(W, G, None, P, h, step, hyper, backend="triton")
+    check(W, expected), check(P, torch.eye(9))
+    assert step == 1
+"""
+
+
+def test_the_parity_suite_in_the_interpreter():
+    result = run(
+        *("-m", "pytest", "-q", "-p", "triton_interpreter", "tests/test_ops.py", "-k", SUITE),
+        TRITON_INTERPRET="1",
+        PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert int(re.search(r"(\d+) passed", result.stdout)[1]) > 100
+
+
+def test_what_the_parity_suite_is_too_small_for():
+    result = run("-W", "ignore", "-c", SPOT_CHECKS, TRITON_INTERPRET="1")
+    assert result.returncode == 0, result.stderr
+
+
+WITHOUT_LIBRARY = """
+import torch, mla_ext
+from mla_ext import backends, reference
+assert mla_ext.build_info()["backends"] == ["triton", "reference"], mla_ext.build_info()
+torch.manual_seed(0)
+head = torch.nn.Linear(5, 3)
+optimizer = mla_ext.ProjectedSGD(head.parameters(), lr=0.1)
+optimizer.attach(head)
+x = torch.randn(4, 5)
+head(x).square().sum().backward()
+expected = head.weight.detach() - 0.1 * head.weight.grad
+optimizer.step()
+torch.testing.assert_close(head.weight.detach(), expected)
+torch.testing.assert_close(optimizer.projection(head.weight), reference.rls_update(torch.eye(5), x.mean(0)))
+logits = torch.randn(2, 3, 4)
+torch.testing.assert_close(mla_ext.entropy_fusion(logits), reference.entropy_fusion(logits))
+"""
+
+
+def test_an_installation_without_compiled_libraries_runs_on_triton(tmp_path):
+    shutil.copytree(
+        ROOT / "mla_ext", tmp_path / "mla_ext", ignore=shutil.ignore_patterns("*.so", "_build.json", "__pycache__")
+    )
+    result = run("-W", "ignore", "-c", WITHOUT_LIBRARY, path=tmp_path, TRITON_INTERPRET="1")
+    assert result.returncode == 0, result.stderr
+
+
+def test_importing_the_package_does_not_load_triton():
+    result = run("-c", "import mla_ext, sys; mla_ext.build_info(); assert 'triton' not in sys.modules")
+    assert result.returncode == 0, result.stderr
+
+
+class Driver:
+    """Stands in for the driver of a GPU that is not here."""
+
+    def __init__(self, target=None, device_type="cuda"):
+        self.target, self.device_type = target, device_type
+
+    def get_active_torch_device(self):
+        return torch.device(self.device_type, 0)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return self  # kernels are cached by device
+
+    def get_current_stream(self, device):
+        return 0
+
+
+@pytest.fixture
+def fresh():
+    backends.triton._unusable.cache_clear()
+    yield
+    backends.triton._unusable.cache_clear()
+
+
+def test_without_the_cuda_library_a_gpu_runs_on_triton(monkeypatch, fresh):
+    monkeypatch.setattr(_library, "cuda_load_error", "mla_ext was built without CUDA")
+    monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
+    assert backends.choose("auto", CUDA) is backends.BACKENDS["triton"]
+    assert backends.choose("triton", CUDA) is backends.BACKENDS["triton"]
+
+
+def test_another_kind_of_gpu_is_told_apart(monkeypatch, fresh):
+    monkeypatch.setattr(triton.runtime.driver, "_active", Driver(device_type="xpu"))
+    with pytest.raises(RuntimeError, match="Triton compiles for xpu tensors here"):
+        backends.choose("triton", CUDA)
+
+
+def test_reasons_why_it_cannot_run(monkeypatch, fresh):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
+        backends.choose("triton", CPU)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "pip install triton" in backends.triton.unusable(CUDA)
+    monkeypatch.setattr(_library, "cuda_load_error", "mla_ext was built without CUDA")
+    assert backends.choose("auto", CUDA) is backends.BACKENDS["reference"]
+
+
+@pytest.fixture
+def compile_for(monkeypatch, tmp_path):
+    """Sets the target that launches compile for, without running; returns the list that collects (name, kernel)."""
+    if triton.knobs.runtime.interpret:
+        pytest.skip("TRITON_INTERPRET is set")
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    launches = []
+    launch = triton.runtime.jit.JITFunction.run
+
+    def compile_only(kernel, *args, grid, warmup, **kwargs):
+        launches.append((kernel.fn.__name__, launch(kernel, *args, grid=grid, warmup=True, **kwargs)))
+
+    monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", compile_only)
+
+    def choose(target):
+        monkeypatch.setattr(triton.runtime.driver, "_active", Driver(target))
+        monkeypatch.setattr(torch.version, "cuda", "13.0" if target.backend == "cuda" else None)
+        return launches
+
+    yield choose
+    torch.set_float32_matmul_precision("highest")
+
+
+def head_step(C, s, dtype, hyper, scaled=False):
+    from mla_ext import triton_kernels
+
+    like = {"dtype": accumulate_dtype(dtype)}
+    weight, grad = torch.zeros(2, C, s, dtype=dtype)
+    momentum_buffer = torch.zeros(C, s, **like) if hyper.momentum else None
+    scale, overflow = (torch.ones(()), torch.zeros(())) if scaled else (None, None)
+    tensors = (weight, grad, momentum_buffer, torch.eye(s, **like), torch.zeros(s, **like), torch.zeros(()))
+    triton_kernels.head_step_(*tensors, hyper, scale, overflow)
+
+
+def entropy_fusion(M, N, C, dtype=torch.float32):
+    from mla_ext import triton_kernels
+
+    triton_kernels.entropy_fusion(torch.zeros(M, N, C, dtype=dtype), torch.ones(M, N, dtype=torch.bool))
+
+
+def feature_mean(N, s, dtype=torch.float32):
+    from mla_ext import triton_kernels
+
+    triton_kernels.feature_mean(torch.zeros(N, s, dtype=dtype))
+
+
+def spilled_bytes(kernel, folder):
+    """Of registers that went to memory: AMD's assembly tells, and a cubin by the stack that no kernel here needs else."""
+    if "amdgcn" in kernel.asm:
+        return int(re.search(r"\.vgpr_spill_count:\s+(\d+)", kernel.asm["amdgcn"])[1])
+    tool = Path(triton.knobs.nvidia.ptxas.path).with_name("cuobjdump")
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    return sum(map(int, re.search(r"STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage).groups()))
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_every_kernel_compiles_and_fits(name, compile_for, tmp_path):
+    target, shared_kib = TARGETS[name]
+    launches = compile_for(target)
+    head_step(6, 512, torch.float32, Hyperparameters(momentum=0.9, lr=torch.zeros(()), alpha=torch.zeros(())), True)
+    head_step(100, 513, torch.bfloat16, Hyperparameters(absorb="before", normalize=True, forget=0.1))
+    feature_mean(64, 512, torch.float16)
+    entropy_fusion(3, 5, 100)
+    if name in ("sm_90", "gfx942"):
+        head_step(100, 512, torch.float64, Hyperparameters(absorb="before"))
+        entropy_fusion(2, 5, 1000, torch.float64)
+    expected = ["product", "update", "product", "norm", "weights", "update", "feature_mean", "entropy_fusion"]
+    assert [kernel.removesuffix("_kernel") for kernel, _ in launches][: len(expected)] == expected
+    for kernel, compiled in launches:
+        assert compiled.metadata.shared <= shared_kib * 1024, kernel
+        assert spilled_bytes(compiled, tmp_path) == 0, kernel
+
+
+def test_only_the_product_follows_the_precision_setting(compile_for):
+    launches = compile_for(GPUTarget("cuda", 80, 32))
+    for precision in ("highest", "high"):
+        torch.set_float32_matmul_precision(precision)
+        head_step(6, 64, torch.float32, Hyperparameters())
+        (_, product), (_, update) = launches[-2:]
+        assert ("tf32" in product.asm["ptx"]) == (precision == "high")
+        assert "tf32" not in update.asm["ptx"]
+    # k stays full precision beside it: multiplied and added in float32.
+    assert re.search(r"fma\.rn\.f32|mul\.f32", product.asm["ptx"])
+
+
+def test_new_numbers_and_batch_sizes_compile_nothing(compile_for):
+    launches = compile_for(GPUTarget("cuda", 90, 32))
+    for number in (0.1, 0.2, 1.0):
+        head_step(6, 64, torch.float32, Hyperparameters(lr=number, alpha=number, momentum=number, forget=number))
+    for number in (0.1, 0.2):
+        tensor = torch.tensor(number)
+        head_step(6, 64, torch.float32, Hyperparameters(lr=tensor, alpha=tensor))
+    for N in (1, 16, 17, 1024):
+        feature_mean(N, 64)
+        entropy_fusion(3, N, 10)
+    hashes = {name: {compiled.hash for kernel, compiled in launches if kernel == name} for name, _ in launches}
+    # Numbers, or pointers to them; the latter also lack a momentum buffer.
+    assert {name: len(found) for name, found in hashes.items()} == {
+        "product_kernel": 2,
+        "update_kernel": 2,
+        "feature_mean_kernel": 1,
+        "entropy_fusion_kernel": 1,
+    }
+
+
+@pytest.mark.parametrize("absorb", ["after", "before"])
+def test_a_step_is_at_most_three_launches(absorb, compile_for):
+    launches = compile_for(GPUTarget("cuda", 90, 32))
+    head_step(6, 64, torch.float32, Hyperparameters(absorb=absorb))
+    assert len(launches) == (2 if absorb == "after" else 3)
