@@ -28,7 +28,7 @@ from mla_ext.recipe import Settings, build
 from .timing import machine
 
 CURVE = [("plain SGD", None, 0.0)]
-CURVE += [(f"forget {forget:g}", 0.1, forget) for forget in (1.0, 0.3, 0.1, 0.03, 0.01, 1e-3, 0.0)]
+CURVE += [(f"forget {forget:g}", 0.1, forget) for forget in (0.3, 0.1, 0.03, 0.01, 1e-3, 0.0)]
 CURVE += [(f"alpha {alpha:g}", alpha, 0.0) for alpha in (100.0, 10.0, 1.0, 0.01)]
 
 
@@ -78,7 +78,8 @@ def draw(rows: list[tuple[str, float, float, float, float]], path: Path, title: 
     for name, plasticity, interference, *_ in rows:
         axes.annotate(name, (interference, plasticity), textcoords="offset points", xytext=(7, 4), fontsize=8)
     axes.set(xlabel="interference with the other modalities", ylabel="plasticity", title=title)
-    axes.margins(0.15)
+    axes.set(xscale="log", yscale="log")
+    axes.margins(0.2)
     figure.colorbar(points, label="fused validation accuracy, %")
     figure.savefig(path, dpi=150)
 
