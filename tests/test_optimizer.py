@@ -447,3 +447,45 @@ def test_foreach_and_fused_are_those_of_sgd(flags):
         models.append(network())
         train(models[-1], cls(models[-1].parameters(), lr=0.1, momentum=0.9, **flags), 5)
     assert_same_bits(*models)
+
+
+def test_momentum_switched_on_and_off_in_mid_run_is_that_of_sgd():
+    """The first step with momentum takes the gradient as it is, undamped, whenever it comes."""
+    models = []
+    for cls in (ProjectedSGD, torch.optim.SGD):
+        models.append(network())
+        optimizer = cls(models[-1].parameters(), lr=0.1, dampening=0.5)
+        if cls is ProjectedSGD:
+            optimizer.attach(models[-1][2]).remove()  # P stays the identity
+        for t, momentum in enumerate((0.0, 0.0, 0.9, 0.9, 0.0, 0.9)):
+            optimizer.param_groups[0]["momentum"] = momentum
+            train(models[-1], optimizer, 1, first=t)
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_projection_handed_out_is_a_copy_and_the_one_loaded_too():
+    model, optimizer, _ = attached()
+    train(model, optimizer, 1)
+    optimizer.projection(model[2].weight).zero_()
+    assert optimizer.projection(model[2].weight).any()
+    saved = optimizer.state_dict()
+    other, its_optimizer, _ = attached()
+    its_optimizer.load_state_dict(saved)
+    its_optimizer.reset_projection()
+    assert not torch.equal(optimizer.projection(model[2].weight), torch.eye(8))
+
+
+def test_a_frozen_head_is_not_recorded():
+    model, optimizer, _ = attached()
+    model[2].requires_grad_(False)
+    model(batch(0)[0])
+    assert not optimizer._observed
+
+
+def test_loading_a_state_drops_what_was_observed_before():
+    model, optimizer, _ = attached()
+    saved = copy.deepcopy(optimizer.state_dict())
+    model(batch(0)[0])
+    optimizer.load_state_dict(saved)
+    assert not optimizer._observed
