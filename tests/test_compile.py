@@ -27,22 +27,13 @@ def randn(*shape, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
 
 
-def head(dtype, **optional):
+def head(dtype, *optional):
+    """Arguments of head_step_; `optional` are grad_scale, found_inf and what follows them."""
     C, s = 3, 5
-    accumulate = torch.float64 if dtype == torch.float64 else torch.float32
-    given = {
-        "momentum_buffer": torch.zeros(C, s, dtype=accumulate),
-        "feature_mean": randn(s, dtype=accumulate),
-        "grad_scale": None,
-        "found_inf": None,
-    } | optional
-    buffer, mean, scale, overflow = given.values()
-    numbers = (0.1, 0.9, 0.0, 0.01, False, False, 0.1, True, False, 0.0)
-    eye = torch.eye(s, dtype=accumulate)
-    return (randn(C, s, dtype=dtype), randn(C, s, dtype=dtype), buffer, eye, mean, torch.zeros(()), *numbers) + (
-        scale,
-        overflow,
-    )
+    like = {"dtype": torch.float64 if dtype == torch.float64 else torch.float32}
+    weight, grad = randn(2, C, s, dtype=dtype)
+    tensors = (weight, grad, torch.zeros(C, s, **like), torch.eye(s, **like), randn(s, **like), torch.zeros(()))
+    return (*tensors, 0.1, 0.9, 0.0, 0.01, False, False, 0.1, True, False, 0.0, *(optional or (None, None)))
 
 
 OPS = torch.ops.mla_ext
@@ -55,7 +46,7 @@ SAMPLES = {
     "head_step_fp64": lambda: (OPS.head_step_, head(torch.float64)),
     "head_step_tensors": lambda: (
         OPS.head_step_,
-        (*head(torch.float32, grad_scale=torch.ones(()), found_inf=torch.zeros(())), torch.ones(()), torch.ones(())),
+        head(torch.float32, torch.ones(()), torch.zeros(()), torch.ones(()), torch.ones(())),
     ),
     "entropy_fusion": lambda: (OPS.entropy_fusion, (randn(2, 3, 4), None)),
     "entropy_fusion_bf16": lambda: (
@@ -170,7 +161,9 @@ def test_a_compiled_training_step_equals_the_eager_one_without_recompiling():
     schedulers = [torch.optim.lr_scheduler.ExponentialLR(opt, 0.5) for opt in optimizers]
     seen = []
     for t in range(6):
-        losses = [do(*arguments, *batch(t)) for do, *arguments in zip((compiled, train_step), nets, optimizers)]
+        losses = [
+            do(*arguments, *batch(t)) for do, *arguments in zip((compiled, train_step), nets, optimizers, strict=True)
+        ]
         for scheduler in schedulers:
             scheduler.step()
         torch.testing.assert_close(*losses)

@@ -10,8 +10,8 @@ from torch import Tensor
 from ..reference import accumulate_dtype
 from .launch import on
 
-# Logits that a program of 128 threads holds at a time: eight a thread.
-TILE = 1024
+# Logits that a program of 128 threads holds at a time: four a thread. With more, registers spill.
+TILE = 512
 
 
 @triton.jit
@@ -99,8 +99,7 @@ def entropy_fusion(logits: Tensor, present: Tensor | None) -> tuple[Tensor, Tens
     weights = torch.empty((M, N), dtype=accumulate_dtype(logits.dtype), device=logits.device)
     if N == 0:
         return fused, weights
-    # Whole rows where they fit, and as many samples as then fill the tile; at least 16 programs' worth of parallelism
-    # is lost otherwise when there are few classes.
+    # Whole rows where they fit, and as many samples as then fill the tile, but few enough to leave several programs.
     BLOCK_C = min(triton.next_power_of_2(C), TILE)
     BLOCK_N = min(TILE // BLOCK_C, 32)
     with on(logits.device):

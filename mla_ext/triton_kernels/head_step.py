@@ -16,8 +16,10 @@ from torch import Tensor
 from ..reference import Hyperparameters
 from .launch import number_or_pointer, on, read
 
-# Of P that a program of 128 threads holds at a time: 16 a thread, which leaves room for the other operands.
+# Of P that a program holds at a time: 8 or 16 a thread, which leaves room for the other operands.
 TILE = 2048
+# With 4 warps a float64 product spills registers.
+PRODUCT_WARPS = 8
 # Rows of P that a program updates. Few, so that a P of 512 rows still occupies a GPU.
 UPDATE_ROWS = 4
 UPDATE_COLUMNS = TILE // UPDATE_ROWS
@@ -61,9 +63,10 @@ def sgd(
         # The first buffer is the gradient itself; what is in memory then may be anything.
         new = tl.where(is_first, g, momentum * old + undamped * g)
         tl.store(momentum_buffer + offsets, new, mask)
-        g = new
         if NESTEROV:
-            g = g + momentum * new
+            g += momentum * new
+        else:
+            g = new
     tl.store(weight + offsets, w - lr * g, mask)
 
 
@@ -77,9 +80,12 @@ def rank_one(mean_dot_k, parts, alpha, alpha_pointer, PARTS: tl.constexpr, dtype
 
 
 @triton.jit
-def frobenius_norm(squares, parts, PARTS: tl.constexpr):
-    index = tl.arange(0, PARTS)
-    return tl.sqrt(tl.sum(tl.load(squares + index, index < parts, other=0.0)))
+def frobenius_norm(squares, parts, PARTS: tl.constexpr, dtype: tl.constexpr):
+    norm = tl.full((), 1.0, dtype)
+    if squares is not None:
+        index = tl.arange(0, PARTS)
+        norm = tl.sqrt(tl.sum(tl.load(squares + index, index < parts, other=0.0)))
+    return norm
 
 
 @triton.jit
@@ -112,11 +118,11 @@ def product_kernel(
     mean_dot_k,
     C,
     s,
-    lr: "fp64",  # noqa: F722
+    lr: tl.float64,
     lr_pointer,
-    momentum: "fp64",  # noqa: F722
-    undamped: "fp64",  # noqa: F722
-    weight_decay: "fp64",  # noqa: F722
+    momentum: tl.float64,
+    undamped: tl.float64,
+    weight_decay: tl.float64,
     NESTEROV: tl.constexpr,
     MAXIMIZE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -124,7 +130,7 @@ def product_kernel(
     BLOCK_J: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
-    """k and Z from rows of P, which are its columns. Stores Z in `projected`, or steps the weights where that is None."""
+    """k, and Z from the rows of P, which are its columns. Stores Z, or steps the weights where `projected` is None."""
     if is_skipped(found_inf):
         return
     dtype: tl.constexpr = projection.dtype.element_ty
@@ -183,9 +189,9 @@ def norm_kernel(
     squares,
     parts,
     s,
-    alpha: "fp64",  # noqa: F722
+    alpha: tl.float64,
     alpha_pointer,
-    forget: "fp64",  # noqa: F722
+    forget: tl.float64,
     PARTS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -193,12 +199,12 @@ def norm_kernel(
     if is_skipped(found_inf):
         return
     dtype: tl.constexpr = projection.dtype.element_ty
-    valid, sign, root = rank_one(mean_dot_k, parts, alpha, alpha_pointer, PARTS, dtype)
+    _valid, sign, root = rank_one(mean_dot_k, parts, alpha, alpha_pointer, PARTS, dtype)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     sums = tl.zeros((ROWS, COLUMNS), dtype)
     for first in range(0, s, COLUMNS):
         columns = first + tl.arange(0, COLUMNS)
-        offsets, mask, P = updated_tile(projection, k, rows, columns, s, sign, root, forget, dtype)
+        _offsets, mask, P = updated_tile(projection, k, rows, columns, s, sign, root, forget, dtype)
         sums += tl.where(mask, P * P, 0.0)
     tl.store(squares + tl.program_id(0), tl.sum(sums))
 
@@ -218,14 +224,14 @@ def weights_kernel(
     parts,
     square_parts,
     s,
-    lr: "fp64",  # noqa: F722
+    lr: tl.float64,
     lr_pointer,
-    momentum: "fp64",  # noqa: F722
-    undamped: "fp64",  # noqa: F722
-    weight_decay: "fp64",  # noqa: F722
-    alpha: "fp64",  # noqa: F722
+    momentum: tl.float64,
+    undamped: tl.float64,
+    weight_decay: tl.float64,
+    alpha: tl.float64,
     alpha_pointer,
-    forget: "fp64",  # noqa: F722
+    forget: tl.float64,
     NESTEROV: tl.constexpr,
     MAXIMIZE: tl.constexpr,
     PARTS: tl.constexpr,
@@ -251,6 +257,7 @@ def weights_kernel(
     undamped = tl.full((), undamped, dtype)
     weight_decay = tl.full((), weight_decay, dtype)
     keep, forget = tl.full((), 1.0 - forget, dtype), tl.full((), forget, dtype)
+    norm = frobenius_norm(squares, square_parts, SQUARE_PARTS, dtype)
     for first in range(0, s, COLUMNS):
         columns = first + tl.arange(0, COLUMNS)
         mask = columns < s
@@ -259,7 +266,7 @@ def weights_kernel(
         u = tl.load(k + columns, mask, other=0.0) / root
         corrected = (Z - grad_dot_u * u) * keep + forget * G
         if squares is not None:
-            corrected = corrected / frobenius_norm(squares, square_parts, SQUARE_PARTS)
+            corrected = corrected / norm
         sgd(
             weight,
             momentum_buffer,
@@ -288,9 +295,9 @@ def update_kernel(
     parts,
     square_parts,
     s,
-    alpha: "fp64",  # noqa: F722
+    alpha: tl.float64,
     alpha_pointer,
-    forget: "fp64",  # noqa: F722
+    forget: tl.float64,
     PARTS: tl.constexpr,
     SQUARE_PARTS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -299,24 +306,25 @@ def update_kernel(
     """P ← rls_update(P, h̄), where there is a k; and the step is over."""
     if is_skipped(found_inf):
         return
-    if step is not None:
+    if step is not None:  # noqa: SIM102 (decided when it is compiled)
         if tl.program_id(0) == 0:
             tl.store(step, tl.load(step) + 1)
     if k is not None:
         dtype: tl.constexpr = projection.dtype.element_ty
         valid, sign, root = rank_one(mean_dot_k, parts, alpha, alpha_pointer, PARTS, dtype)
         if valid:
+            norm = frobenius_norm(squares, square_parts, SQUARE_PARTS, dtype)
             rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
             for first in range(0, s, COLUMNS):
                 columns = first + tl.arange(0, COLUMNS)
                 offsets, mask, P = updated_tile(projection, k, rows, columns, s, sign, root, forget, dtype)
                 if squares is not None:
-                    P = P / frobenius_norm(squares, square_parts, SQUARE_PARTS)
+                    P = P / norm
                 tl.store(projection + offsets, P, mask)
 
 
 def product_precision() -> str:
-    """How G P is multiplied, as for torch.mm: TF32 unless "highest" asks for full float32. Only NVIDIA has it everywhere."""
+    """How G P is multiplied, as by torch.mm: in TF32, which only NVIDIA always has, unless "highest" forbids it."""
     is_exact = torch.get_float32_matmul_precision() == "highest" or torch.version.cuda is None
     return "ieee" if is_exact else "tf32"
 
@@ -377,6 +385,7 @@ def head_step_(
                 BLOCK_C,
                 BLOCK_J,
                 TILE // BLOCK_J,
+                num_warps=PRODUCT_WARPS,
             )
         if squares is not None:
             norm_kernel[(square_parts,)](
