@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any
 
 import torch
@@ -66,14 +67,19 @@ def check_number(name: str, value: Any, condition: str, holds: Any) -> None:
         if value.numel() != 1 or not value.is_floating_point():
             raise TypeError(f"{name}: expected a number or a one-element floating tensor, got {describe(value)}")
         return
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a number {condition}, got {describe(value)}")
-    if not (math.isfinite(value) and holds(value)):
-        raise ValueError(f"{name}: expected a finite number {condition}, got {value!r}")
+    condition = f" {condition}" if condition else ""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected a number{condition}, got {describe(value)}")
+    try:
+        is_finite = math.isfinite(value)
+    except OverflowError:  # an integer beyond any float
+        is_finite = False
+    if not (is_finite and holds(value)):
+        raise ValueError(f"{name}: expected a finite number{condition}, got {value!r}")
 
 
 def check_hyperparameters(hyper: Hyperparameters) -> None:
-    check_number("lr", hyper.lr, ">= 0", lambda v: v >= 0)
+    check_number("lr", hyper.lr, "", lambda v: True)  # schedulers that end at 0 may miss it by a rounding
     check_number("momentum", hyper.momentum, ">= 0", lambda v: v >= 0)
     check_number("dampening", hyper.dampening, "", lambda v: True)
     check_number("weight_decay", hyper.weight_decay, ">= 0", lambda v: v >= 0)
@@ -91,12 +97,19 @@ def check_hyperparameters(hyper: Hyperparameters) -> None:
         )
 
 
+def check_writable(name: str, value: Tensor) -> None:
+    """A tensor whose elements lie apart in memory, so that it can be updated in place."""
+    if not value.is_contiguous() and any(n > 1 and s == 0 for n, s in zip(value.shape, value.stride(), strict=True)):
+        raise ValueError(f"{name}: expected a tensor of its own elements, got {describe(value)} that is expanded")
+
+
 def check_rls_update(projection: Tensor, feature_mean: Tensor) -> None:
     check_tensor("projection", projection, ("s", "s"), (torch.float32, torch.float64))
     check_nonempty("projection", projection)
     s = projection.shape[0]
     if projection.shape[1] != s:
         raise ValueError(f"projection: expected a square matrix (s, s), got {describe(projection)}")
+    check_writable("projection", projection)
     check_tensor("feature_mean", feature_mean, (s,), (projection.dtype,), projection.device)
 
 
@@ -116,10 +129,13 @@ def check_head_step(
     check_tensor("grad", grad, shape, (weight.dtype,), device)
     check_tensor("projection", projection, (shape[1], shape[1]), dtypes, device)
     check_tensor("step", step, (), (torch.float32,), device)
+    check_writable("weight", weight)
+    check_writable("projection", projection)
     if feature_mean is not None:
         check_tensor("feature_mean", feature_mean, shape[1:], dtypes, device)
     if momentum_buffer is not None:
         check_tensor("momentum_buffer", momentum_buffer, shape, dtypes, device)
+        check_writable("momentum_buffer", momentum_buffer)
     elif isinstance(hyper.momentum, Tensor) or hyper.momentum != 0:
         wanted = f"a {tuple(shape)} {_name(dtypes[0])} tensor with momentum {hyper.momentum}"
         raise ValueError(f"momentum_buffer: expected {wanted}, got None")

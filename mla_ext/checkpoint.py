@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import pickle
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -36,9 +36,18 @@ def save(path: Path, content: dict[str, Any]) -> None:
 def load(path: Path) -> dict[str, Any]:
     """The content of a checkpoint, on the CPU. ValueError if the file is not a whole checkpoint of a run."""
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load reads past damaged bytes: it ignores the checksums
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"{damaged} in it is damaged")
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path}: not a readable checkpoint ({error})") from error
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # a damaged file can fail in any way
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{path}: expected a checkpoint of a training run, got a file that is none: {reason}"
+        ) from error
     if not isinstance(content, dict) or not {"settings", "best"} <= content.keys():
-        raise ValueError(f"{path}: not a checkpoint of a training run")
+        raise ValueError(f"{path}: expected a checkpoint of a training run, got another file of torch.save")
     return content

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -16,11 +17,10 @@ from typing import Any, NoReturn
 import torch
 
 from . import build_info, checkpoint, parallel
-from .data import SPLITS, MultimodalData, digits, load_npz
+from .data import MultimodalData, digits, load_npz
 from .recipe import METHODS, Settings, build
-from .training import CHECKPOINT, NonFiniteLossError, Report, evaluate, fit
+from .training import CHECKPOINT, Report, evaluate, fit
 
-CONFIG = "config.json"
 REPORT = "report.json"
 
 
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = _parser().parse_args(argv)
         with _ranks():
             arguments.run(arguments)
-    except (ValueError, OSError, ImportError, NonFiniteLossError) as error:
+    except (ValueError, OverflowError, OSError, ImportError, RuntimeError) as error:
         print("mla-ext: error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -56,10 +56,12 @@ def _train(arguments: argparse.Namespace) -> None:
     settings = Settings(**{f.name: getattr(arguments, f.name) for f in dataclasses.fields(Settings)})
     if arguments.resume and arguments.out is None:
         raise ValueError("--resume: expected --out too, the directory of the run to resume")
-    data = _load(arguments.data, settings)
+    if arguments.out is not None and not arguments.resume and (arguments.out / CHECKPOINT).exists():
+        raise ValueError(
+            f"--out: expected a directory without a run, got {arguments.out}; --resume goes on with its run"
+        )
+    data, described = _load(arguments.data, settings)
     model, optimizer = build(data, settings)
-    if arguments.out is not None and parallel.is_main():
-        _write_config(arguments.out, settings, data, arguments.resume)
     history = fit(
         model,
         optimizer,
@@ -69,6 +71,7 @@ def _train(arguments: argparse.Namespace) -> None:
         seed=settings.seed,
         out=arguments.out,
         resume=arguments.resume,
+        config=_config(settings) | described,
         progress=arguments.progress,
     )
     if not parallel.is_main():
@@ -84,13 +87,20 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    if not (arguments.run_directory / CHECKPOINT).exists():
+    path = arguments.run_directory / CHECKPOINT
+    if not path.exists():
         raise ValueError(f"--run: expected the directory of a training run, got {arguments.run_directory}")
-    settings, described = _read_config(arguments.run_directory)
-    data = _load(arguments.data, settings)
-    _check_same("--data", "the run's data", _describe(data), described)
+    content = checkpoint.load(path)
+    saved, best = content["settings"], content["best"]
+    missing = _config(Settings()).keys() - saved.keys()
+    if missing:
+        raise ValueError(f"--run: expected a run of `mla-ext train`, got one without {', '.join(sorted(missing))}")
+    settings = Settings(**{name: saved[name] for name in _config(Settings())})
+    data, described = _load(arguments.data, settings)
+    for name, value in described.items():
+        if saved[name] != value:
+            raise ValueError(f"--data: expected {name} {saved[name]}, as the run's data has, got {value}")
     model, _ = build(data, settings)
-    best = checkpoint.load(arguments.run_directory / CHECKPOINT)["best"]
     model.load_state_dict(best["model"])
     print(f"{settings.method}, epoch {best['epoch']} (best on the validation split), test split:")
     print(table(evaluate(model, data, "test")))
@@ -120,48 +130,21 @@ def table(report: Report) -> str:
     return "\n".join(lines)
 
 
-def _load(source: str, settings: Settings) -> MultimodalData:
-    """The data of a run: standardised with the statistics of its training split, some modalities dropped."""
+def _load(source: str, settings: Settings) -> tuple[MultimodalData, dict[str, Any]]:
+    """The data of a run, standardised with the statistics of its training split, and what tells it from other data."""
     data = digits() if source == "digits" else load_npz(source)
+    checksum = hashlib.sha256()
+    for tensor in (data.labels, data.split, *data.features.values(), *data.rows.values()):
+        checksum.update(tensor.contiguous().numpy())
+    shapes = {m: list(data.features[m].shape[1:]) for m in data.modalities}
     if settings.missing:
         data = data.with_missing(settings.missing, settings.seed)
-    return data.standardized()
+    return data.standardized(), {"shapes": shapes, "checksum": checksum.hexdigest()}
 
 
-def _describe(data: MultimodalData) -> dict[str, Any]:
-    return {
-        "shapes": {m: list(data.features[m].shape[1:]) for m in data.modalities},
-        "classes": list(data.classes),
-        "samples": {split: len(data.indices(split)) for split in SPLITS},
-    }
-
-
-def _write_config(directory: Path, settings: Settings, data: MultimodalData, resume: bool) -> None:
-    """Note the settings for `evaluate`; a resumed run must have been started with the same, but for its epochs."""
-    if resume and (directory / CHECKPOINT).exists():
-        saved, described = _read_config(directory)
-        wanted = dataclasses.asdict(dataclasses.replace(saved, epochs=settings.epochs))
-        _check_same("--resume", "the run in --out", dataclasses.asdict(settings), wanted)
-        _check_same("--data", "the run in --out", _describe(data), described)
-    content = {"settings": dataclasses.asdict(settings), "data": _describe(data)}
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / REPORT).unlink(missing_ok=True)
-    checkpoint.write_text(directory / CONFIG, json.dumps(content, indent=2) + "\n")
-
-
-def _read_config(directory: Path) -> tuple[Settings, dict[str, Any]]:
-    path = directory / CONFIG
-    try:
-        content = json.loads(path.read_text())
-        return Settings(**content["settings"]), content["data"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not the settings of a training run ({error})") from error
-
-
-def _check_same(option: str, of: str, given: dict[str, Any], wanted: dict[str, Any]) -> None:
-    for name, value in wanted.items():
-        if given[name] != value:
-            raise ValueError(f"{option}: expected {name} {value}, as {of} has, got {given[name]}")
+def _config(settings: Settings) -> dict[str, Any]:
+    """What a run must be resumed with: all but the number of epochs, which may grow."""
+    return {name: value for name, value in dataclasses.asdict(settings).items() if name != "epochs"}
 
 
 class _Parser(argparse.ArgumentParser):

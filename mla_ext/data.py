@@ -176,7 +176,7 @@ def digits(seed: int = 0) -> MultimodalData:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError("digits() needs scikit-learn: pip install mla_ext[demo]") from error
+        raise ImportError("digits() needs scikit-learn: pip install scikit-learn") from error
     # A stream for each part: none depends on how much another draws.
     audio, image, text, split = _generator(seed).spawn(4)
     images, labels = load_digits(return_X_y=True)

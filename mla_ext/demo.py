@@ -29,7 +29,7 @@ def demo(out: Path = Path("."), epochs: int = 20, seed: int = 0, progress: bool 
     try:
         from matplotlib.figure import Figure  # noqa: F401  (before minutes are spent on training)
     except ImportError as error:
-        raise ImportError("the demo needs matplotlib: pip install mla_ext[demo]") from error
+        raise ImportError("the demo needs matplotlib: pip install matplotlib") from error
     data = digits(seed).standardized()
     out.mkdir(parents=True, exist_ok=True)
     histories: dict[str, list[dict[str, Any]]] = {}

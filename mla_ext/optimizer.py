@@ -92,7 +92,8 @@ class ProjectedSGD(Optimizer):
             raise ValueError("differentiable: expected False, as the step updates weights in place; got True")
         if backend != "auto" and backend not in backends.BACKENDS:
             raise ValueError(f"backend: expected 'auto' or one of {sorted(backends.BACKENDS)}, got {backend!r}")
-        if isinstance(process_group, str) and process_group != "local":
+        is_group = dist.is_available() and isinstance(process_group, dist.ProcessGroup)
+        if not (process_group is None or process_group == "local" or is_group):
             raise ValueError(f"process_group: expected a process group, None or 'local', got {process_group!r}")
         self.backend = backend
         self.process_group = process_group
@@ -103,10 +104,13 @@ class ProjectedSGD(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As for any optimizer; the group's hyperparameters are checked first."""
         merged = self.defaults | (param_group if isinstance(param_group, dict) else {})
+        _checks.check_number("lr", merged["lr"], ">= 0", lambda lr: lr >= 0)
         _checks.check_hyperparameters(_hyperparameters(merged))
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        if group["capturable"]:  # a captured graph reads them where they are, and schedulers write them there
+        if (
+            group["capturable"] and group["params"]
+        ):  # a captured graph reads them where they are, and schedulers write them there
             for name in ("lr", "alpha"):
                 group[name] = torch.as_tensor(group[name], dtype=torch.float32, device=group["params"][0].device)
 
@@ -114,7 +118,8 @@ class ProjectedSGD(Optimizer):
         """Project the steps of head.weight, and record what the head is fed.
 
         In training mode, with gradients enabled, each forward of `head` (inputs (..., s)) adds to the feature mean of
-        the next step. The returned handle's remove() ends the recording; the weight keeps its projection.
+        the next step, also one whose gradient is thrown away. The returned handle's remove() ends the recording; the
+        weight keeps its projection.
         """
         if not isinstance(head, nn.Linear):
             raise TypeError(f"head: expected an nn.Linear, got {type(head).__name__}")
@@ -123,9 +128,10 @@ class ProjectedSGD(Optimizer):
 
     def observe(self, weight: Tensor, features: Tensor) -> None:
         """Record features (N, s), the inputs of the head with this weight (C, s), by hand. N counts as its weight."""
-        self._project(weight, "weight")
+        _checks.check_tensor("weight", weight, ("C", "s"))
         _checks.check_tensor("features", features, ("N", weight.shape[1]), device=weight.device)
         _checks.check_nonempty("features", features)
+        self._project(weight, "weight")
         new = observe(features, accumulate_dtype(weight.dtype), self.backend)
         if weight in self._observed:
             self._observed[weight].add(new.mean, new.count)
@@ -152,14 +158,13 @@ class ProjectedSGD(Optimizer):
         capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
         if capturing and not all(group["capturable"] for group in self.param_groups):
             raise RuntimeError("capturable: expected True in every parameter group to capture a step, got False")
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-
         # Set by GradScaler for the length of this call.
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        loss = None
         try:
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()
             head_steps, plain_groups = self._plan()
         finally:
             # Even if the step fails: features of a batch that was given up must not meet the next gradient. In place,
@@ -184,19 +189,26 @@ class ProjectedSGD(Optimizer):
         tensors = [
             {n: group[n] for n in ("lr", "alpha") if isinstance(group[n], Tensor)} for group in self.param_groups
         ]
+        ids = [index for group in state_dict["param_groups"] for index in group["params"]]
+        params = [param for group in self.param_groups for param in group["params"]]
+        loaded = [(param, state_dict["state"].get(index, {})) for index, param in zip(ids, params, strict=False)]
+        for param, saved in loaded:
+            if "projection" in saved and saved["projection"].shape != 2 * param.shape[1:]:
+                wanted, got = _checks.describe(param), _checks.describe(saved["projection"])
+                raise ValueError(f"state_dict: expected a projection for {wanted}, got {got}")
+
         super().load_state_dict(state_dict)
         for group, kept in zip(self.param_groups, tensors, strict=True):
             for name, tensor in kept.items():  # captured graphs know these tensors, not new ones
-                group[name] = tensor.fill_(group[name])
-        ids = [index for group in state_dict["param_groups"] for index in group["params"]]
-        params = [param for group in self.param_groups for param in group["params"]]
-        for index, param in zip(ids, params, strict=True):
-            saved = state_dict["state"].get(index, {})
+                group[name] = tensor.copy_(torch.as_tensor(group[name]).reshape(tensor.shape))
+        for param, saved in loaded:
             if "projection" in saved:
-                # torch casts floating state to the dtype of the parameter.
-                for name in ("projection", "momentum_buffer"):
-                    if saved.get(name) is not None:
-                        self.state[param][name] = saved[name].to(param.device, accumulate_dtype(param.dtype), copy=True)
+                # torch casts floating state to the parameter's dtype, leaves "step" where it is, and copies nothing.
+                dtype = accumulate_dtype(param.dtype)
+                dtypes = {"projection": dtype, "momentum_buffer": dtype, "step": torch.float32}
+                for name in dtypes.keys() & saved.keys():
+                    if saved[name] is not None:
+                        self.state[param][name] = saved[name].to(param.device, dtypes[name], copy=True)
         self._observed.clear()
         for weight in projected:
             if "projection" not in self.state[weight]:
@@ -242,18 +254,17 @@ class ProjectedSGD(Optimizer):
         state["projection"] = _set_to_identity(torch.empty(2 * weight.shape[1:], dtype=dtype, device=weight.device))
 
     def _plan(self) -> tuple[list[tuple], list[tuple[dict, list[Tensor]]]]:
-        """The checked arguments of every head step, and the plain parameters by group; nothing is changed here."""
+        """The checked arguments of every head step, and the plain parameters by group.
+
+        Weights, momentum and P keep their values; a momentum buffer that is needed for the first time is made.
+        """
         heads: list[tuple[dict, Tensor]] = []
         plain: list[tuple[dict, list[Tensor]]] = []
         for group in self.param_groups:
+            _checks.check_hyperparameters(_hyperparameters(group))
             params = [param for param in group["params"] if param.grad is not None]
             heads += [(group, param) for param in params if "projection" in self.state.get(param, {})]
-            params = [param for param in params if "projection" not in self.state.get(param, {})]
-            # torch's fused kernel takes momentum buffers that are all there or all to be made.
-            for is_new in (False, True):
-                of_a_kind = [p for p in params if (self.state.get(p, {}).get("momentum_buffer") is None) == is_new]
-                if of_a_kind:
-                    plain.append((group, of_a_kind))
+            plain.append((group, [param for param in params if "projection" not in self.state.get(param, {})]))
 
         observations = [self._observed.get(weight) for _, weight in heads]
         means = [None if observation is None else observation.mean for observation in observations]
@@ -263,16 +274,22 @@ class ProjectedSGD(Optimizer):
 
         steps = []
         for (group, weight), mean in zip(heads, means, strict=True):
-            state, hyper = self.state[weight], _hyperparameters(group)
+            backends.choose(self.backend, weight.device)
+            state, dtype = self.state[weight], accumulate_dtype(weight.dtype)
+            if state["projection"].dtype != dtype:  # the model was converted since
+                for name in ("projection", "momentum_buffer"):
+                    if state.get(name) is not None:
+                        state[name] = state[name].to(dtype)
             if not _has_momentum(group):
                 momentum_buffer = None
             elif state.get("momentum_buffer") is None:  # momentum was 0 until now
-                momentum_buffer = state["momentum_buffer"] = torch.zeros_like(weight, dtype=state["projection"].dtype)
+                momentum_buffer = state["momentum_buffer"] = torch.zeros_like(weight, dtype=dtype)
                 state["step"].zero_()
             else:
                 momentum_buffer = state["momentum_buffer"]
             shards = local_shards(weight, weight.grad, momentum_buffer)
-            arguments = (*shards, state["projection"], mean, state["step"], hyper)
+            mean = None if mean is None else mean.to(dtype)
+            arguments = (*shards, state["projection"], mean, state["step"], _hyperparameters(group))
             _checks.check_head_step(*arguments)
             steps.append(arguments)
         return steps, plain
@@ -281,18 +298,42 @@ class ProjectedSGD(Optimizer):
         self, group: dict[str, Any], params: list[Tensor], grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
         """torch.optim.SGD's own step. Only its fused kernel reads scale, overflow and (eagerly) lr on the device."""
-        needs_fused = found_inf is not None or (group["capturable"] and not torch.compiler.is_compiling())
+        fused = group["fused"]
+        if found_inf is not None and any(
+            param.grad.is_sparse for param in params
+        ):  # which its fused kernel cannot take
+            if found_inf.item():
+                return
+            for param in params if grad_scale is not None else ():
+                param.grad = param.grad / grad_scale
+            grad_scale = found_inf = None
+        elif found_inf is not None or (group["capturable"] and not torch.compiler.is_compiling()):
+            fused = True
+        if not fused:
+            return self._sgd(group, params, fused, None, None)
+        # The fused kernel takes momentum buffers that are all there or all to be made; those it makes even on overflow,
+        # and leaves them uninitialised.
+        is_new = [self.state.get(param, {}).get("momentum_buffer") is None for param in params]
+        self._sgd(group, [p for p, new in zip(params, is_new, strict=True) if not new], True, grad_scale, found_inf)
+        if not (_has_momentum(group) and any(is_new) and found_inf is not None and found_inf.item()):
+            self._sgd(group, [p for p, new in zip(params, is_new, strict=True) if new], True, grad_scale, found_inf)
+
+    def _sgd(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        fused: bool | None,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
         buffers = [self.state[param].get("momentum_buffer") for param in params] if _has_momentum(group) else []
-        # Its fused kernel makes momentum buffers even on overflow, and leaves them uninitialised.
-        if found_inf is not None and None in buffers and found_inf.item():
-            return
         sgd(
             params,
             [param.grad for param in params],
             buffers,
             has_sparse_grad=any(param.grad.is_sparse for param in params),
-            foreach=None if needs_fused else group["foreach"],
-            fused=True if needs_fused else group["fused"],
+            foreach=None if fused else group["foreach"],
+            fused=fused,
             grad_scale=grad_scale,
             found_inf=found_inf,
             weight_decay=group["weight_decay"],

@@ -121,6 +121,7 @@ def fit(
     reset_projection: bool = False,
     out: str | Path | None = None,
     resume: bool = False,
+    config: dict[str, Any] | None = None,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
     """Train on the training split; leave the model with the weights of the epoch best on the validation split.
@@ -144,6 +145,8 @@ def fit(
         resume: go on from the checkpoint in `out`, to the same bits as a run that was never interrupted (where the
             device's arithmetic is deterministic); start anew if there is none. The hyperparameters of optimizer and
             scheduler are those of the checkpoint.
+        config: plain values that say more about the run, such as how the data was made. They are kept in the checkpoint
+            under "settings", and a run that is resumed must agree in them.
         progress: show a progress bar on standard error.
 
     Returns the history, one record per epoch: {"epoch", "training_loss": {modality: mean}, "lr": of each parameter
@@ -178,6 +181,7 @@ def fit(
 
     settings = _settings(model, optimizer, data)
     settings |= {"batch_size": batch_size, "order": order, "seed": seed, "reset_projection": reset_projection}
+    settings |= config or {}
     run = _Run(model, optimizer, scheduler, settings)
     directory = None if out is None else Path(out)
     if directory is not None:

@@ -109,9 +109,15 @@ def head_step_arguments(**change):
         (
             {"hyper": Hyperparameters(lr=float("inf"), momentum=0.9)},
             ValueError,
-            "lr: expected a finite number >= 0, got inf",
+            "lr: expected a finite number, got inf",
         ),
-        ({"hyper": Hyperparameters(lr=-1.0, momentum=0.9)}, ValueError, "lr: .* got -1.0"),
+        (
+            {"weight": ones(1, 3).expand(2, 3)},
+            ValueError,
+            "weight: expected a tensor of its own elements, got .* expanded",
+        ),
+        ({"projection": ones(1, 3).expand(3, 3)}, ValueError, "projection: expected a tensor of its own elements"),
+        ({"momentum_buffer": ones(1, 3).expand(2, 3)}, ValueError, "momentum_buffer: expected a tensor of its own"),
         ({"backend": "none"}, ValueError, "backend: "),
     ],
 )
@@ -149,6 +155,7 @@ def test_entropy_fusion(logits, present, error, message):
         ({"lr": float("nan")}, ValueError, "lr: expected a finite number >= 0, got nan"),
         ({"lr": -0.1}, ValueError, "lr: .* got -0.1"),
         ({"lr": "fast"}, TypeError, "lr: .* got str 'fast'"),
+        ({"lr": 10**400}, ValueError, "lr: expected a finite number >= 0, got 1000"),
         ({"momentum": -0.5}, ValueError, "momentum: "),
         ({"dampening": float("inf")}, ValueError, "dampening: "),
         ({"weight_decay": -1}, ValueError, "weight_decay: "),
@@ -163,6 +170,7 @@ def test_entropy_fusion(logits, present, error, message):
         ({"differentiable": True}, ValueError, "differentiable: expected False, .* got True"),
         ({"backend": "gpu"}, ValueError, "backend: expected 'auto' or one of .* got 'gpu'"),
         ({"process_group": "remote"}, ValueError, "process_group: expected .* 'local', got 'remote'"),
+        ({"process_group": 5}, ValueError, "process_group: expected .* 'local', got 5"),
     ],
 )
 def test_projected_sgd(change, error, message):
@@ -206,7 +214,7 @@ def test_observe(features, error, message):
     optimizer = ProjectedSGD(head.parameters())
     with pytest.raises(error, match=message):
         optimizer.observe(head.weight, features)
-    assert not optimizer._observed
+    assert not optimizer._observed and not optimizer.state
 
 
 def test_weights_that_cannot_be_projected():

@@ -71,12 +71,12 @@ def test_resume_ends_where_an_uninterrupted_run_does(capsys, tmp_path, file):
     assert train(file, "--epochs", 4, "--out", tmp_path / "whole") == 0
     assert train(file, "--epochs", 2, "--out", tmp_path / "parts", "--resume") == 0
     assert train(file, "--epochs", 4, "--out", tmp_path / "parts", "--resume") == 0
-    for name in ("report.json", "metrics.jsonl", "config.json"):
+    for name in ("report.json", "metrics.jsonl"):
         assert (tmp_path / "whole" / name).read_text() == (tmp_path / "parts" / name).read_text()
     capsys.readouterr()
     before = (tmp_path / "parts" / "report.json").read_text()
     assert error(capsys, "train", "--data", file, "--out", tmp_path / "parts", "--resume", "--lr", 0.5).startswith(
-        "--resume: expected lr 0.01, as the run in --out has, got 0.5"
+        "resume: expected a run with lr 0.5, got 0.01 in"
     )
     assert (tmp_path / "parts" / "report.json").read_text() == before
 
@@ -90,9 +90,24 @@ def test_methods_and_settings_reach_the_training(capsys, tmp_path, file):
         ["alternating", "--weight-decay", 0.1],
         ["concat"],
     ):
-        assert train(file, "--method", *options, "--epochs", 2, "--out", tmp_path) == 0
-        outputs.add((tmp_path / "metrics.jsonl").read_text())
+        out = tmp_path / str(len(outputs))
+        assert train(file, "--method", *options, "--epochs", 2, "--out", out) == 0
+        outputs.add((out / "metrics.jsonl").read_text())
     assert len(outputs) == 5
+
+
+def test_a_refused_run_leaves_the_one_in_out_as_it_is(capsys, tmp_path, file):
+    assert train(file, "--epochs", 1, "--out", tmp_path / "out") == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    capsys.readouterr()
+    arguments = ["train", "--data", file, "--out", tmp_path / "out"]
+    assert error(capsys, *arguments).startswith("--out: expected a directory without a run, got")
+    other = dict(np.load(file))
+    other["x_sight"] = other["x_sight"] + 1  # data that differs in nothing but its values
+    np.savez(tmp_path / "other.npz", **other)
+    arguments[2] = tmp_path / "other.npz"
+    assert "resume: expected a run with checksum" in error(capsys, *arguments, "--resume")
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
 
 
 def test_bad_input_is_one_line(capsys, tmp_path, file):
@@ -117,9 +132,14 @@ def test_evaluate_refuses_other_data_and_damaged_runs(capsys, tmp_path, file):
     capsys.readouterr()
     arrays = dict(np.load(file))
     np.savez(tmp_path / "other.npz", **(arrays | {"split": np.arange(60) % 3}))
-    assert "expected samples" in error(capsys, "evaluate", "--data", tmp_path / "other.npz", "--run", tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    assert "not the settings of a training run" in error(capsys, "evaluate", "--data", file, "--run", tmp_path)
+    assert "--data: expected checksum" in error(capsys, "evaluate", "--data", tmp_path / "other.npz", "--run", tmp_path)
+    checkpoint = (tmp_path / "last.pt").read_bytes()
+    flipped = bytearray(checkpoint)
+    flipped[len(checkpoint) // 2] ^= 1
+    for damaged in (bytes(flipped), checkpoint[: len(checkpoint) // 2]):
+        (tmp_path / "last.pt").write_bytes(damaged)
+        message = error(capsys, "evaluate", "--data", file, "--run", tmp_path)
+        assert f"{tmp_path / 'last.pt'}: expected a checkpoint of a training run" in message
 
 
 def test_interrupting_says_how_to_go_on(capsys, monkeypatch, file):
@@ -162,5 +182,5 @@ def test_head_step_times():
 @pytest.mark.parametrize("module", ["matplotlib.figure", "sklearn.datasets"])
 def test_demo_names_the_missing_extra(capsys, monkeypatch, tmp_path, module):
     monkeypatch.setitem(sys.modules, module, None)
-    assert "pip install mla_ext[demo]" in error(capsys, "demo", "--out", tmp_path / "new")
+    assert "pip install" in error(capsys, "demo", "--out", tmp_path / "new")
     assert not (tmp_path / "new").exists()

@@ -30,7 +30,7 @@ class Network(nn.Module):
         return checkpoint(self.head, features, use_reentrant=self.recompute)
 
 
-def make(model=None, **options):
+def make(model=None, /, **options):
     model = model or Network()
     optimizer = ProjectedSGD(model.parameters(), **({"lr": 0.1, "momentum": 0.9, "alpha": 0.01} | options))
     optimizer.attach(model.head)
@@ -94,13 +94,46 @@ def test_a_checkpoint_moves_between_devices(start, end):
     theirs[0].load_state_dict(ours[0].state_dict())
     theirs[1].load_state_dict(ours[1].state_dict())
     state = theirs[1].state[theirs[0].head.weight]
-    assert {value.device.type for name, value in state.items() if name != "step"} == {end}
+    assert {value.device.type for value in state.values()} == {end}
     theirs = copy.deepcopy(theirs)  # load_state_dict shares what it need not convert, in torch as well
     train(*ours, 1, first=3)
     train(*theirs, 1, first=3)
     theirs[0].to(start)
     for a, b in zip(ours[0].parameters(), theirs[0].parameters(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_loading_brings_all_state_to_the_parameter():
+    """Shown with the meta device, so that it needs no GPU."""
+    ours = make()
+    train(*ours, 1)
+    theirs = make(Network().to("meta"))
+    theirs[1].load_state_dict(ours[1].state_dict())
+    assert {value.device.type for value in theirs[1].state[theirs[0].head.weight].values()} == {"meta"}
+
+
+def test_two_optimizers_share_nothing_after_loading():
+    ours, theirs = make(dampening=0.5), make(dampening=0.5)
+    theirs[1].load_state_dict(ours[1].state_dict())
+    train(*ours, 2)
+    train(*theirs, 2)
+    assert_same(ours, theirs)
+
+
+def test_a_model_converted_in_mid_run():
+    model, optimizer = make()
+    train(model, optimizer, 2)
+    model.double()
+    for param in model.parameters():  # torch.optim.SGD's buffers do not follow their parameters either
+        if "projection" not in optimizer.state[param]:
+            optimizer.state[param]["momentum_buffer"] = optimizer.state[param]["momentum_buffer"].double()
+    P = optimizer.projection(model.head.weight)
+    x, y = batch(2)
+    optimizer.zero_grad()
+    nn.functional.cross_entropy(model(x.double()), y).backward()
+    optimizer.step()
+    after = optimizer.projection(model.head.weight)
+    assert after.dtype == torch.float64 and not torch.equal(after, P.double())
 
 
 def test_memory_stays_flat():
@@ -208,3 +241,18 @@ def test_momentum_that_a_scheduler_cycles():
             schedule.step()
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_sparse_gradients_under_grad_scaler_are_those_of_sgd():
+    tables = []
+    for cls in (ProjectedSGD, torch.optim.SGD):
+        torch.manual_seed(0)
+        tables.append(nn.Embedding(5, 3, sparse=True))
+        optimizer, scaler = cls(tables[-1].parameters(), lr=0.1), torch.amp.GradScaler("cpu", init_scale=8.0)
+        for scale in (1.0, torch.inf, 1.0):
+            optimizer.zero_grad()
+            scaler.scale(scale * tables[-1](torch.tensor([1, 3])).square().sum()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    torch.testing.assert_close(tables[0].weight, tables[1].weight)
+    assert tables[0].weight.isfinite().all()

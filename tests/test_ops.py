@@ -177,6 +177,36 @@ def test_a_mean_that_is_not_finite_or_overflows_is_not_absorbed(device, backend,
     assert torch.equal(projection, torch.eye(40, device=device))
 
 
+def test_a_denominator_of_zero_is_not_absorbed(device, backend):
+    """α and h̄ so small that d underflows."""
+    projection = torch.zeros(4, 4, device=device)
+    ops.rls_update_(projection, torch.ones(4, device=device), alpha=1e-60, forget=0.5, backend=backend)
+    assert torch.equal(projection, torch.zeros(4, 4, device=device))
+
+
+def test_maximize_with_a_grad_scale(device, backend):
+    weights = []
+    for hyper, grad_scale in ((Hyperparameters(maximize=True), 4.0), (Hyperparameters(), -4.0)):
+        head = new_head(3, 9, torch.float32, device, hyper)
+        grad = randn(3, 9, dtype=torch.float32, device=device)
+        head.step_(grad, None, hyper, grad_scale=torch.tensor(grad_scale, device=device), backend=backend)
+        weights.append(head.weight)
+    torch.testing.assert_close(*weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights_are_rounded_as_torch_rounds(device, backend, dtype):
+    """Every finite value: ties, subnormals, the largest."""
+    values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).to(device)
+    grad = values.where(values.isfinite(), 0).reshape(256, 256)
+    weight = torch.zeros_like(grad)
+    hyper = Hyperparameters(lr=1.5)  # of an odd significand this falls half-way between two half-precision numbers
+    P = torch.eye(256, device=device)
+    ops.head_step_(weight, grad, None, P, None, torch.zeros((), device=device), hyper, backend=backend)
+    expected = (-1.5 * grad.float()).to(dtype)
+    assert torch.equal(weight, expected)
+
+
 def test_an_indefinite_projection_is_mended(device, backend):
     """Rounding may leave a small negative eigenvalue; absorbing its direction must not make it grow."""
     projection = torch.diag(torch.tensor([1.0, -1e-4, 0.5], device=device))

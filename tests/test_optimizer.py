@@ -5,6 +5,7 @@ import gc
 import io
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -470,7 +471,7 @@ def test_the_projection_handed_out_is_a_copy_and_the_one_loaded_too():
     optimizer.projection(model[2].weight).zero_()
     assert optimizer.projection(model[2].weight).any()
     saved = optimizer.state_dict()
-    other, its_optimizer, _ = attached()
+    _, its_optimizer, _ = attached()
     its_optimizer.load_state_dict(saved)
     its_optimizer.reset_projection()
     assert not torch.equal(optimizer.projection(model[2].weight), torch.eye(8))
@@ -489,3 +490,79 @@ def test_loading_a_state_drops_what_was_observed_before():
     model(batch(0)[0])
     optimizer.load_state_dict(saved)
     assert not optimizer._observed
+
+
+def test_a_closure_that_raises_leaves_no_features_behind():
+    model, optimizer, _ = attached()
+
+    def closure():
+        model(batch(0)[0]).sum().backward()
+        raise KeyError("stopped")
+
+    with pytest.raises(KeyError):
+        optimizer.step(closure)
+    assert not optimizer._observed
+
+
+@pytest.mark.parametrize("spoil", ["backend", "another group"])
+def test_a_step_that_cannot_run_moves_nothing_anywhere(spoil):
+    model = network()
+    optimizer = ProjectedSGD([{"params": model[0].parameters()}, {"params": model[2].parameters()}], lr=0.1)
+    optimizer.attach(model[2])
+    nn.functional.cross_entropy(model(batch(0)[0]), batch(0)[1]).backward()
+    before = copy.deepcopy(model.state_dict())
+    if spoil == "backend":
+        optimizer.backend = "cuda"  # whose kernels take no CPU tensors, here or anywhere
+    else:
+        optimizer.param_groups[1]["momentum"] = "x"
+    with pytest.raises((RuntimeError, TypeError)):
+        optimizer.step()
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_numpy_scalars_and_roundings_below_zero_are_taken():
+    models = []
+    for cls in (ProjectedSGD, torch.optim.SGD):
+        models.append(network())
+        optimizer = cls(models[-1].parameters(), lr=np.float32(0.1), momentum=0.9)
+        if cls is ProjectedSGD:
+            optimizer.attach(models[-1][2]).remove()
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: np.float32(0.5) ** epoch)
+        train(models[-1], optimizer, 4, schedule)
+        optimizer.param_groups[0]["lr"] = -1e-18
+        train(models[-1], optimizer, 1, first=4)
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_one_element_tensor_lr_loads_and_keeps_its_place():
+    model = network()
+    optimizer = ProjectedSGD(model.parameters(), lr=torch.tensor([0.1]))
+    lr = optimizer.param_groups[0]["lr"]
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert optimizer.param_groups[0]["lr"] is lr
+
+
+def test_a_projection_of_another_width_is_refused_before_anything_is_loaded():
+    _, optimizer, _ = attached()
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][2]["projection"] = torch.eye(6)
+    saved["param_groups"][0]["lr"] = 0.5
+    with pytest.raises(ValueError, match=r"state_dict: expected a projection for a \(3, 8\) .* got a \(6, 6\)"):
+        optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["lr"] == 0.1
+
+
+def test_foreach_with_buffers_that_are_partly_new_is_that_of_sgd():
+    results = []
+    for cls in (ProjectedSGD, torch.optim.SGD):
+        torch.manual_seed(0)
+        a, b = (nn.Parameter(torch.randn(50).bfloat16()) for _ in range(2))
+        optimizer = cls([a, b], lr=0.1, momentum=0.9, dampening=0.5, foreach=True)
+        for t in range(4):
+            a.grad = torch.randn(50).bfloat16()
+            b.grad = torch.randn(50).bfloat16() if t >= 2 else None
+            optimizer.step()
+        results.append((a, b))
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)

@@ -63,7 +63,7 @@ def entropy_fusion(logits: Tensor, present: Tensor | None) -> tuple[Tensor, Tens
 
 
 def _number_or_tensor(value: float | Tensor, device: torch.device) -> tuple[float, Tensor | None]:
-    """A tensor is left to the kernel to read, so that no one waits for it."""
-    if isinstance(value, Tensor):
+    """A tensor on a GPU is left to the kernel to read, so that no one waits for it."""
+    if isinstance(value, Tensor) and device.type != "cpu":
         return 0.0, value.to(device, torch.float32).reshape(())
-    return value, None
+    return float(value), None
