@@ -508,7 +508,7 @@ def test_digits_without_scikit_learn(monkeypatch):
 
     load = builtins.__import__
     monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(ImportError, match=r"pip install mla_ext\[demo\]"):
+    with pytest.raises(ImportError, match=r"pip install scikit-learn"):
         digits()
 
 
