@@ -8,10 +8,11 @@ from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
 from mla_ext import checkpoint, reference, training
-from mla_ext.data import MultimodalData
+from mla_ext.data import MultimodalData, load_npz
 from mla_ext.metrics import macro_f1, score
 from mla_ext.model import ConcatModel, Logits, MultimodalModel, SharedHeadModel, Step
 from mla_ext.optimizer import ProjectedSGD
+from mla_ext.recipe import Settings, build
 from mla_ext.training import NonFiniteLossError, evaluate, fit, predict
 
 SHAPES = {"audio": (4, 3), "image": (6,), "text": (5,)}
@@ -543,6 +544,22 @@ def test_samples_with_one_modality_are_predicted_by_it_alone():
     for fusion in ("mean", "entropy"):
         torch.testing.assert_close(prediction.fusions[fusion][1], alone, rtol=1e-6, atol=0)
     assert not prediction.fusions["entropy"].requires_grad
+
+
+def test_mfeat_with_missing_rows_trains_and_single_modalities_decide_alone(real_data):
+    data = load_npz(real_data / "mfeat.npz").with_missing(0.3, seed=0).standardized()
+    settings = Settings(epochs=1)
+    model, optimizer = build(data, settings)
+    fit(model, optimizer, data, epochs=1, progress=False)
+    assert evaluate(model, data).accuracy > 0.3
+    test = data.indices("test")
+    present = torch.stack([data.present(m)[test] for m in data.modalities])
+    alone = present.sum(0) == 1
+    assert alone.any()
+    prediction = predict(model, data, test)
+    assert torch.equal(prediction.weights[:, alone], present[:, alone].float())
+    only = (prediction.unimodal * present.unsqueeze(-1)).sum(0)
+    assert torch.equal(prediction.fusions["entropy"][alone], only[alone])
 
 
 def test_a_modality_that_no_sample_of_the_split_has_is_left_out():
