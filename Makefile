@@ -28,6 +28,7 @@ format: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(RUN) -m benchmarks.head_step
+	$(RUN) -m benchmarks.host_time
 
 # On a machine with a GPU, in its own Python (PYTHON=...): build, tests, sanitizers and benchmarks, as files in $$OUT.
 gpu-check:

@@ -45,5 +45,6 @@ for tool in memcheck racecheck; do
   fi
 done
 stage head_step 100 "$PYTHON" -m benchmarks.head_step --quick --device cuda --out "$OUT"
+stage host_time 30 "$PYTHON" -m benchmarks.host_time
 cat "$summary"
 exit $failed

@@ -1,9 +1,13 @@
 """Fixtures of more than one test file."""
 
+import contextlib
 import os
 from pathlib import Path
 
 import pytest
+import torch
+
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
 
 @pytest.fixture(scope="session")
@@ -14,3 +18,10 @@ def real_data() -> Path:
     if not (folder / "avdigits.npz").is_file():
         pytest.skip(f"no real data in {folder}; set MLA_EXT_DATA to the folder of avdigits.npz")
     return folder
+
+
+@pytest.fixture(params=DEVICES)
+def default_device(request) -> str:
+    """Each device in turn, as the one that new tensors and modules are made on."""
+    with contextlib.nullcontext() if request.param == "cpu" else torch.device(request.param):
+        yield request.param

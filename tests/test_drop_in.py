@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from mla_ext import ProjectedSGD
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+pytestmark = pytest.mark.usefixtures("default_device")
 
 
 class Network(nn.Module):
@@ -37,9 +38,10 @@ def make(model=None, /, **options):
     return model, optimizer
 
 
-def batch(t, device="cpu"):
-    generator = torch.Generator().manual_seed(t)
-    return torch.randn(4, 5, generator=generator).to(device), torch.randint(3, (4,), generator=generator).to(device)
+def batch(t, device=None):
+    generator, device = torch.Generator("cpu").manual_seed(t), device or torch.get_default_device()
+    x = torch.randn(4, 5, generator=generator, device="cpu")
+    return x.to(device), torch.randint(3, (4,), generator=generator, device="cpu").to(device)
 
 
 def train(model, optimizer, steps, first=0, forward=None):
@@ -217,7 +219,7 @@ def test_autocast_features_and_float32_weights(dtype):
     for t in range(3):
         x, y = batch(t)
         optimizer.zero_grad()
-        with torch.autocast("cpu", dtype):
+        with torch.autocast(torch.get_default_device().type, dtype):
             loss = nn.functional.cross_entropy(model(x).float(), y)
         loss.backward()
         optimizer.step()
@@ -248,7 +250,10 @@ def test_sparse_gradients_under_grad_scaler_are_those_of_sgd():
     for cls in (ProjectedSGD, torch.optim.SGD):
         torch.manual_seed(0)
         tables.append(nn.Embedding(5, 3, sparse=True))
-        optimizer, scaler = cls(tables[-1].parameters(), lr=0.1), torch.amp.GradScaler("cpu", init_scale=8.0)
+        optimizer, scaler = (
+            cls(tables[-1].parameters(), lr=0.1),
+            torch.amp.GradScaler(torch.get_default_device().type, init_scale=8.0),
+        )
         for scale in (1.0, torch.inf, 1.0):
             optimizer.zero_grad()
             scaler.scale(scale * tables[-1](torch.tensor([1, 3])).square().sum()).backward()

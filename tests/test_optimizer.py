@@ -13,6 +13,8 @@ from torch import nn
 from mla_ext import ProjectedSGD, reference
 from mla_ext.reference import Hyperparameters
 
+pytestmark = pytest.mark.usefixtures("default_device")
+
 SGD_OPTIONS = [
     {},
     {"momentum": 0.9},
@@ -28,8 +30,10 @@ def network(seed=0, dtype=torch.float32):
 
 
 def batch(seed, n=4, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(n, 5, generator=generator).to(dtype), torch.randint(3, (n,), generator=generator)
+    generator, device = torch.Generator("cpu").manual_seed(seed), torch.get_default_device()
+    x = torch.randn(n, 5, generator=generator, device="cpu")
+    y = torch.randint(3, (n,), generator=generator, device="cpu")
+    return x.to(device, dtype), y.to(device)
 
 
 def train(model, optimizer, steps, scheduler=None, first=0):
@@ -368,7 +372,7 @@ def test_grad_scaler_skips_an_overflow_without_a_trace(overflow_at, options):
     model = network()
     optimizer = ProjectedSGD(model.parameters(), lr=0.1, **options)
     optimizer.attach(model[2])
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1000)
+    scaler = torch.amp.GradScaler(torch.get_default_device().type, init_scale=1024.0, growth_interval=1000)
     other = network()
     its_optimizer = ProjectedSGD(other.parameters(), lr=0.1, **options)
     its_optimizer.attach(other[2])
@@ -401,7 +405,7 @@ def test_grad_scaler_skips_an_overflow_without_a_trace(overflow_at, options):
 @pytest.mark.parametrize("dampening", [0.0, 0.5])
 def test_grad_scaler_with_parameters_that_take_turns(dampening):
     """Encoders that meet their first gradient at different steps, as in alternation."""
-    models, scaler = [], torch.amp.GradScaler("cpu", init_scale=64.0)
+    models, scaler = [], torch.amp.GradScaler(torch.get_default_device().type, init_scale=64.0)
     for scaled in (True, False):
         torch.manual_seed(0)
         encoders, head = nn.ModuleList([nn.Linear(5, 4), nn.Linear(5, 4)]), nn.Linear(4, 3)
@@ -512,7 +516,7 @@ def test_a_step_that_cannot_run_moves_nothing_anywhere(spoil):
     nn.functional.cross_entropy(model(batch(0)[0]), batch(0)[1]).backward()
     before = copy.deepcopy(model.state_dict())
     if spoil == "backend":
-        optimizer.backend = "cuda"  # whose kernels take no CPU tensors, here or anywhere
+        optimizer.backend = "cuda" if torch.get_default_device().type == "cpu" else "cpu"  # takes no such tensors
     else:
         optimizer.param_groups[1]["momentum"] = "x"
     with pytest.raises((RuntimeError, TypeError)):
@@ -566,3 +570,13 @@ def test_foreach_with_buffers_that_are_partly_new_is_that_of_sgd():
         results.append((a, b))
     for ours, theirs in zip(*results, strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_tensor_lr_and_weight_decay_are_those_of_numbers():
+    models = []
+    for convert in (float, lambda value: torch.tensor(value, dtype=torch.float64)):
+        model, optimizer, _ = attached({"lr": convert(0.1), "weight_decay": convert(0.01)})
+        train(model, optimizer, 4)
+        models.append(model)
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b)
