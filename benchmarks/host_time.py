@@ -6,6 +6,7 @@ GPU the host does not wait for it. Writes a Markdown table to benchmarks/results
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import statistics
 import time
@@ -19,8 +20,6 @@ from mla_ext import ProjectedSGD, backends
 from .baselines import best, make_state
 from .head_step import ours
 from .timing import machine
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def microseconds(call: Callable[[], object], device: str, calls: int = 200, repeats: int = 15) -> float:
@@ -51,6 +50,9 @@ def optimizer_step(backend: str, device: str) -> Callable[[], object]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    out = parser.parse_args().out
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(1)
     lines = [
@@ -69,8 +71,8 @@ def main() -> None:
             lines.append(f"| {name} | not measured yet | not measured yet |")
     state = make_state(2, 8, device)
     lines.append(f"| plain PyTorch (*best*) | {microseconds(lambda: best(state), device):.0f} | - |")
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"host_time_{device}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"host_time_{device}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
 
 

@@ -64,6 +64,6 @@ def entropy_fusion(logits: Tensor, present: Tensor | None) -> tuple[Tensor, Tens
 
 def _number_or_tensor(value: float | Tensor, device: torch.device) -> tuple[float, Tensor | None]:
     """A tensor on a GPU or in a graph is left to the kernel: nobody waits for it, or compiles its value in."""
-    if isinstance(value, Tensor) and (device.type != "cpu" or torch.compiler.is_compiling()):
+    if isinstance(value, Tensor) and (value.device.type != "cpu" or torch.compiler.is_compiling()):
         return 0.0, value.to(device, torch.float32).reshape(())
     return float(value), None

@@ -325,7 +325,10 @@ def update_kernel(
 
 def product_precision() -> str:
     """How G P is multiplied, as by torch.mm: in TF32, which only NVIDIA always has, unless "highest" forbids it."""
-    is_exact = torch.get_float32_matmul_precision() == "highest" or torch.version.cuda is None
+    try:
+        is_exact = torch.get_float32_matmul_precision() == "highest" or torch.version.cuda is None
+    except RuntimeError:  # the user set it through the newer interface, and torch refuses to answer in the older terms
+        is_exact = torch.backends.cuda.matmul.fp32_precision != "tf32"
     return "ieee" if is_exact else "tf32"
 
 
