@@ -37,17 +37,18 @@ def make_state(C: int, s: int, device: str, dtype: torch.dtype = torch.float32) 
     return State(rand(C, s), rand(C, s) - 0.5, buffer, P, rand(s), torch.zeros((), device=device))
 
 
-def released(state: State) -> None:
-    """The operations that the authors' released code would run, one by one, were its projection reached.
-
-    It divides elementwise by an s×s matrix and normalises P each step, so its numbers are its own.
-    """
-    P, r = state.projection, state.feature_mean.unsqueeze(0)
+def released_update(P: Tensor, feature_mean: Tensor, alpha: float) -> Tensor:
+    """The update of P (s, s) in the authors' released code, were it reached: its denominator is an s×s matrix."""
+    r = feature_mean.unsqueeze(0)
     k = P @ r.t()
-    P = P - (k @ k.t()) / (ALPHA + k @ r)
-    P = P / torch.linalg.matrix_norm(P)
-    state.projection = P
-    grad = state.grad @ P.t()
+    P = P - (k @ k.t()) / (alpha + k @ r)
+    return P / torch.linalg.matrix_norm(P)
+
+
+def released(state: State) -> None:
+    """The operations of the released code one by one. Its numbers are its own: see `released_update`."""
+    state.projection = released_update(state.projection, state.feature_mean, ALPHA)
+    grad = state.grad @ state.projection.t()
     state.momentum_buffer.mul_(MOMENTUM).add_(grad)
     state.weight.add_(state.momentum_buffer, alpha=-LR)
 

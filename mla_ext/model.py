@@ -125,7 +125,45 @@ class SharedHeadModel(MultimodalModel):
         return Logits(torch.stack([scatter_rows(r, p) for r, p in zip(rows, present, strict=True)]), present)
 
 
-class ConcatModel(MultimodalModel):
+class JointModel(MultimodalModel):
+    """Trained on all modalities at once. Subclasses define `joint` and `unimodal`.
+
+    Both take each modality's features [(N, s_m)], zero where a sample lacks the modality, and present, bool (M, N).
+    """
+
+    def joint(self, parts: list[Tensor], present: Tensor) -> Tensor:
+        """The model's prediction (N, C)."""
+        raise NotImplementedError
+
+    def unimodal(self, parts: list[Tensor], present: Tensor) -> Tensor:
+        """What each modality predicts alone (M, N, C); of a sample that lacks it, anything."""
+        raise NotImplementedError
+
+    def features(self, data: MultimodalData, indices: Tensor) -> tuple[list[Tensor], Tensor]:
+        """parts and present of these samples, on the device of the model."""
+        present = torch.stack([data.present(m)[indices] for m in self.modalities])
+        rows = [
+            self.encoders[m](self.inputs(data, m, indices[p])) for m, p in zip(self.modalities, present, strict=True)
+        ]
+        present = present.to(rows[0].device)
+        return [scatter_rows(r, p) for r, p in zip(rows, present, strict=True)], present
+
+    def steps(self, data: MultimodalData, batch_size: int, order: str, generator: torch.Generator) -> list[Step]:
+        """Every step uses all modalities; `order` says nothing here."""
+        batches = shuffled_batches(data.indices("train"), batch_size, generator)
+        return [Step(self.modalities, batch) for batch in batches]
+
+    def loss(self, data: MultimodalData, step: Step) -> Tensor:
+        """The cross entropy of the joint prediction."""
+        return F.cross_entropy(self.joint(*self.features(data, step.indices)), self.labels(data, step.indices))
+
+    def logits(self, data: MultimodalData, indices: Tensor) -> Logits:
+        parts, present = self.features(data, indices)
+        unimodal = self.unimodal(parts, present).masked_fill(~present.unsqueeze(-1), 0.0)
+        return Logits(unimodal, present, self.joint(parts, present))
+
+
+class ConcatModel(JointModel):
     """The joint baseline: one linear layer over the concatenated features, trained on all modalities at once.
 
     The features of a missing modality are zero. Unimodal logits are the modality's columns of W times its
@@ -140,33 +178,13 @@ class ConcatModel(MultimodalModel):
             raise TypeError(f"head: expected an nn.Linear, got {type(head).__name__}")
         self.head = head
 
-    def features(self, data: MultimodalData, indices: Tensor) -> list[Tensor]:
-        """Each modality's features (N, s_m)."""
-        parts = []
-        for m in self.modalities:
-            present = data.present(m)[indices]
-            rows = self.encoders[m](self.inputs(data, m, indices[present]))
-            parts.append(scatter_rows(rows, present.to(rows.device)))
-        return parts
+    def joint(self, parts: list[Tensor], present: Tensor) -> Tensor:
+        return self.head(torch.cat(parts, dim=1))
 
-    def steps(self, data: MultimodalData, batch_size: int, order: str, generator: torch.Generator) -> list[Step]:
-        """Every step uses all modalities; `order` says nothing here."""
-        batches = shuffled_batches(data.indices("train"), batch_size, generator)
-        return [Step(self.modalities, batch) for batch in batches]
-
-    def loss(self, data: MultimodalData, step: Step) -> Tensor:
-        """The cross entropy of the joint prediction."""
-        logits = self.head(torch.cat(self.features(data, step.indices), dim=1))
-        return F.cross_entropy(logits, self.labels(data, step.indices))
-
-    def logits(self, data: MultimodalData, indices: Tensor) -> Logits:
-        parts = self.features(data, indices)
+    def unimodal(self, parts: list[Tensor], present: Tensor) -> Tensor:
         weights = self.head.weight.split([part.shape[1] for part in parts], dim=1)
         bias = None if self.head.bias is None else self.head.bias / len(parts)
-        unimodal = torch.stack([F.linear(x, w, bias) for x, w in zip(parts, weights, strict=True)])
-        present = torch.stack([data.present(m)[indices] for m in self.modalities]).to(unimodal.device)
-        joint = self.head(torch.cat(parts, dim=1))
-        return Logits(unimodal.masked_fill(~present.unsqueeze(-1), 0.0), present, joint)
+        return torch.stack([F.linear(x, w, bias) for x, w in zip(parts, weights, strict=True)])
 
 
 def shuffled_batches(indices: Tensor, batch_size: int, generator: torch.Generator) -> Sequence[Tensor]:
