@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from .experiments import EXPERIMENTS, Evidence, everything
 from .runs import EPOCHS, Results, load, workers
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     commands = {**EXPERIMENTS, "all": everything}
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.evidence", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -26,7 +27,7 @@ def main() -> int:
     parser.add_argument("--runs", type=Path, default=Path("runs/evidence.jsonl"), help="where results are kept")
     default_out = Path(__file__).parents[1] / "results" / "evidence"
     parser.add_argument("--out", type=Path, default=default_out, help="directory for tables and pictures")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     for name, least in (("seeds", 2), ("epochs", 1), ("workers", 1)):
         if getattr(arguments, name) < least:
             parser.error(f"--{name}: expected at least {least}, got {getattr(arguments, name)}")

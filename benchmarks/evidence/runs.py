@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import platform
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -132,19 +132,25 @@ class Results:
         todo = sorted(missing.values(), key=lambda run: (-samples(run.data), run.seed))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         about = provenance()
-        context = multiprocessing.get_context("spawn")
-        with (
-            self.path.open("a", encoding="utf-8") as file,
-            ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool,
-        ):
+        with self.path.open("a", encoding="utf-8") as file:
             if self.path.stat().st_size and not self.path.read_bytes().endswith(b"\n"):
                 file.write("\n")
-            futures = {pool.submit(execute, run): run for run in todo}
-            for future in tqdm(as_completed(futures), total=len(futures), unit="run", desc=title):
-                key, result = futures[future].key, future.result()
-                self.found[key] = result
-                file.write(json.dumps({"run": json.loads(key), "result": result, **about}) + "\n")
+            for run, result in tqdm(execute_all(todo, workers), total=len(todo), unit="run", desc=title):
+                self.found[run.key] = result
+                file.write(json.dumps({"run": json.loads(run.key), "result": result, **about}) + "\n")
                 file.flush()
+
+
+def execute_all(runs: list[Run], workers: int) -> Iterator[tuple[Run, dict[str, Any]]]:
+    """As they end. With one worker it is this process."""
+    if workers == 1:
+        yield from ((run, execute(run)) for run in runs)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        futures = {pool.submit(execute, run): run for run in runs}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
 
 
 @functools.cache
