@@ -273,10 +273,17 @@ class MeanFused(SharedHeadModel):
 # ---- Building them ---------------------------------------------------------------------------------------------------
 
 Built = tuple[MultimodalModel, Optimizer]
+Build = Callable[[MultimodalData, Setting], Built]
 
 
 def head_of(data: MultimodalData, width: int) -> nn.Linear:
     return nn.Linear(width, len(data.classes))
+
+
+def heads_of(data: MultimodalData, width: int, shared: bool = False) -> list[nn.Linear]:
+    if shared:
+        return [head_of(data, width)] * len(data.modalities)
+    return [head_of(data, width) for _ in data.modalities]
 
 
 def build_concat(data: MultimodalData, s: Setting) -> Built:
@@ -284,34 +291,22 @@ def build_concat(data: MultimodalData, s: Setting) -> Built:
     return model, s.sgd(model, s.own)
 
 
-def build_sum(data: MultimodalData, s: Setting) -> Built:
-    model = Sum(s.encoders(data), [head_of(data, s.width) for _ in data.modalities])
-    return model, s.sgd(model, s.own)
+def build_heads(kind: type[Sum], shared: bool = False) -> Build:
+    """A head for each modality, or one for all."""
+
+    def build(data: MultimodalData, s: Setting) -> Built:
+        model = kind(s.encoders(data), heads_of(data, s.width, shared))
+        return model, s.sgd(model, s.own)
+
+    return build
 
 
-def build_sum_shared(data: MultimodalData, s: Setting) -> Built:
-    model = Sum(s.encoders(data), [head_of(data, s.width)] * len(data.modalities))
-    return model, s.sgd(model, s.own)
+def build_probed(kind: type[FiLM | BiGated]) -> Build:
+    def build(data: MultimodalData, s: Setting) -> Built:
+        model = kind(s.encoders(data), s.width, len(data.classes))
+        return model, s.sgd(model, s.own)
 
-
-def build_late(data: MultimodalData, s: Setting) -> Built:
-    model = LateFusion(s.encoders(data), [head_of(data, s.width) for _ in data.modalities])
-    return model, s.sgd(model, s.own)
-
-
-def build_late_shared(data: MultimodalData, s: Setting) -> Built:
-    model = LateFusion(s.encoders(data), [head_of(data, s.width)] * len(data.modalities))
-    return model, s.sgd(model, s.own)
-
-
-def build_film(data: MultimodalData, s: Setting) -> Built:
-    model = FiLM(s.encoders(data), s.width, len(data.classes))
-    return model, s.sgd(model, s.own)
-
-
-def build_bigated(data: MultimodalData, s: Setting) -> Built:
-    model = BiGated(s.encoders(data), s.width, len(data.classes))
-    return model, s.sgd(model, s.own)
+    return build
 
 
 def build_ogm_ge(data: MultimodalData, s: Setting) -> Built:
@@ -322,8 +317,7 @@ def build_ogm_ge(data: MultimodalData, s: Setting) -> Built:
 
 
 def build_qmf(data: MultimodalData, s: Setting) -> Built:
-    heads = [head_of(data, s.width) for _ in data.modalities]
-    model = QMF(s.encoders(data), heads, weight=s.own, samples=len(data))
+    model = QMF(s.encoders(data), heads_of(data, s.width), weight=s.own, samples=len(data))
     return model, s.sgd(model)
 
 
@@ -368,7 +362,7 @@ class Method:
     """A row of the tables. Every method is given the same number of trials: every lr, then every value of `own`."""
 
     title: str
-    build: Callable[[MultimodalData, Setting], Built]
+    build: Build
     own: str  # the hyperparameter that is chosen beside lr
     candidates: tuple[float, ...]
     unimodal: str  # where its per-modality accuracies come from
@@ -379,11 +373,11 @@ DECAY = ("weight decay", (1e-4, 1e-3, 1e-2))
 ALPHAS = ("alpha", (0.01, 0.1, 1.0))
 
 METHODS = {
-    "sum": Method("Sum", build_sum, *DECAY, "the modality's head"),
+    "sum": Method("Sum", build_heads(Sum), *DECAY, "the modality's head"),
     "concat": Method("Concat", build_concat, *DECAY, "the modality's columns of the head, plus b/M"),
-    "late": Method("Late fusion", build_late, *DECAY, "the modality's head"),
-    "film": Method("FiLM", build_film, *DECAY, "a linear probe of its features"),
-    "bigated": Method("BiGated", build_bigated, *DECAY, "a linear probe of its features"),
+    "late": Method("Late fusion", build_heads(LateFusion), *DECAY, "the modality's head"),
+    "film": Method("FiLM", build_probed(FiLM), *DECAY, "a linear probe of its features"),
+    "bigated": Method("BiGated", build_probed(BiGated), *DECAY, "a linear probe of its features"),
     "ogm-ge": Method("OGM-GE", build_ogm_ge, "alpha", (0.1, 0.4, 0.8), "the modality's columns of the head, plus b/M"),
     "qmf": Method("QMF", build_qmf, "rank weight", (0.1, 0.3, 1.0), "the modality's head"),
     "mmin": Method("MMIN", build_mmin, "imagination weight", (1.0, 4.0, 16.0), "the model, all others missing"),
@@ -392,6 +386,8 @@ METHODS = {
     "mla": Method("MLA", build_mla, *ALPHAS, "the shared head"),
     "mla-before": Method("MLA, absorb before", build_mla_before, *ALPHAS, "the shared head"),
     "mla-forget": Method("MLA, forget", build_mla_forget, "forget", (1e-3, 1e-2, 1e-1), "the shared head"),
-    "sum-shared": Method("Sum, one shared head", build_sum_shared, *DECAY, "the shared head"),
-    "late-shared": Method("Late fusion, one shared head", build_late_shared, *DECAY, "the shared head"),
+    "sum-shared": Method("Sum, one shared head", build_heads(Sum, shared=True), *DECAY, "the shared head"),
+    "late-shared": Method(
+        "Late fusion, one shared head", build_heads(LateFusion, shared=True), *DECAY, "the shared head"
+    ),
 }
