@@ -254,7 +254,7 @@ def test_every_kernel_compiles_and_fits(name, compile_for, tmp_path):
     if name in ("sm_90", "gfx942"):
         head_step(100, 512, torch.float64, Hyperparameters(absorb="before"))
         entropy_fusion(2, 5, 1000, torch.float64)
-    expected = ["product", "update", "product", "norm", "weights", "update", "feature_mean", "entropy_fusion"]
+    expected = ["product", "finish", "product", "norm", "finish", "feature_mean", "entropy_fusion"]
     assert [kernel.removesuffix("_kernel") for kernel, _ in launches][: len(expected)] == expected
     for kernel, compiled in launches:
         assert compiled.metadata.shared <= shared_kib * 1024, kernel
@@ -266,9 +266,9 @@ def test_only_the_product_follows_the_precision_setting(compile_for):
     for precision in ("highest", "high"):
         torch.set_float32_matmul_precision(precision)
         head_step(6, 64, torch.float32, Hyperparameters())
-        (_, product), (_, update) = launches[-2:]
+        (_, product), (_, finish) = launches[-2:]
         assert ("tf32" in product.asm["ptx"]) == (precision == "high")
-        assert "tf32" not in update.asm["ptx"]
+        assert "tf32" not in finish.asm["ptx"]
     # k stays full precision beside it: multiplied and added in float32.
     assert re.search(r"fma\.rn\.f32|mul\.f32", product.asm["ptx"])
 
@@ -287,17 +287,22 @@ def test_new_numbers_and_batch_sizes_compile_nothing(compile_for):
     # Numbers, or pointers to them; the latter also lack a momentum buffer.
     assert {name: len(found) for name, found in hashes.items()} == {
         "product_kernel": 2,
-        "update_kernel": 2,
+        "finish_kernel": 2,
         "feature_mean_kernel": 1,
         "entropy_fusion_kernel": 1,
     }
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("forget", [0.0, 0.1])
+@pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("absorb", ["after", "before"])
-def test_a_step_is_at_most_three_launches(absorb, compile_for):
+def test_a_step_is_two_launches_and_one_more_to_normalize(absorb, normalize, forget, momentum, compile_for):
     launches = compile_for(GPUTarget("cuda", 90, 32))
-    head_step(6, 64, torch.float32, Hyperparameters(absorb=absorb))
-    assert len(launches) == (2 if absorb == "after" else 3)
+    hyper = Hyperparameters(absorb=absorb, normalize=normalize, forget=forget, momentum=momentum)
+    head_step(6, 64, torch.float32, hyper)
+    names = ["product_kernel", *(["norm_kernel"] if normalize else []), "finish_kernel"]
+    assert [name for name, _ in launches] == names
 
 
 def test_the_table_of_accuracies_has_every_operation_and_dtype():

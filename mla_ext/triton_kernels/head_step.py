@@ -1,9 +1,10 @@
 """One step of the shared head (eq. 4-6): W ← W − γ · SGD(G P), and P ← P − k kᵀ/d.
 
 Launches, each a kernel of this file: `product` makes k = P h̄, parts of h̄ᵀk, and Z = G P, with which it steps the
-weights at once when the step projects with P_{t-1} ("after"); otherwise ("before") `weights` corrects Z to G P_t and
-steps them. `update` absorbs h̄ into P. `norm`, only to normalize, sums the squares of the P that `update` will make.
-The last launch alone advances `step`, which no program of that launch reads. All sums run in a fixed order.
+weights at once when the step projects with P_{t-1} ("after"). `finish` absorbs h̄ into P; otherwise ("before") further
+programs of it correct Z to G P_t and step the weights. Between them, only to normalize, `norm` sums the squares of the
+P that `finish` will make. Whichever of `product` and `finish` does not step the weights advances `step`, so that no
+program reads it in the launch that changes it. All sums run in a fixed order.
 """
 
 from __future__ import annotations
@@ -32,6 +33,12 @@ def is_skipped(found_inf):
     if found_inf is not None:
         skipped = tl.load(found_inf) != 0
     return skipped
+
+
+@triton.jit
+def advance(step, is_chosen):
+    if is_chosen:  # one program of the launch
+        tl.store(step, tl.load(step) + 1)
 
 
 @triton.jit
@@ -133,6 +140,8 @@ def product_kernel(
     """k, and Z from the rows of P, which are its columns. Stores Z, or steps the weights where `projected` is None."""
     if is_skipped(found_inf):
         return
+    if projected is not None:
+        advance(step, (tl.program_id(0) == 0) & (tl.program_id(1) == 0))
     dtype: tl.constexpr = projection.dtype.element_ty
     rows = tl.program_id(0) * BLOCK_J + tl.arange(0, BLOCK_J)
     classes = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -210,40 +219,35 @@ def norm_kernel(
 
 
 @triton.jit
-def weights_kernel(
+def step_class(
+    c,
     weight,
     grad,
     momentum_buffer,
-    step,
     grad_scale,
-    found_inf,
     projected,
     k,
-    mean_dot_k,
     squares,
-    parts,
     square_parts,
     s,
-    lr: tl.float64,
-    lr_pointer,
-    momentum: tl.float64,
-    undamped: tl.float64,
-    weight_decay: tl.float64,
-    alpha: tl.float64,
-    alpha_pointer,
-    forget: tl.float64,
+    is_first,
+    valid,
+    sign,
+    root,
+    lr,
+    momentum,
+    undamped,
+    weight_decay,
+    keep,
+    forget,
     NESTEROV: tl.constexpr,
     MAXIMIZE: tl.constexpr,
-    PARTS: tl.constexpr,
     SQUARE_PARTS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Steps one class with G P_t = ((1−ρ)(Z − sign(d) (G u) uᵀ) + ρG) / ‖P_t‖, from Z = G P_{t-1}."""
-    if is_skipped(found_inf):
-        return
+    """Steps class c with G P_t = ((1−ρ)(Z − sign(d) (G u) uᵀ) + ρG) / ‖P_t‖, from Z = G P_{t-1}."""
     dtype: tl.constexpr = projected.dtype.element_ty
-    valid, sign, root = rank_one(mean_dot_k, parts, alpha, alpha_pointer, PARTS, dtype)
-    start = tl.program_id(0).to(tl.int64) * s
+    start = c.to(tl.int64) * s
     products = tl.zeros((COLUMNS,), dtype)
     for first in range(0, s, COLUMNS):
         columns = first + tl.arange(0, COLUMNS)
@@ -251,12 +255,6 @@ def weights_kernel(
         products += tl.load(grad + start + columns, columns < s, other=0.0).to(dtype) * u
     grad_dot_u = sign * tl.sum(products)
 
-    is_first = tl.load(step) == 0
-    lr = read(lr, lr_pointer, dtype)
-    momentum = tl.full((), momentum, dtype)
-    undamped = tl.full((), undamped, dtype)
-    weight_decay = tl.full((), weight_decay, dtype)
-    keep, forget = tl.full((), 1.0 - forget, dtype), tl.full((), forget, dtype)
     norm = frobenius_norm(squares, square_parts, SQUARE_PARTS, dtype)
     for first in range(0, s, COLUMNS):
         columns = first + tl.arange(0, COLUMNS)
@@ -285,42 +283,84 @@ def weights_kernel(
 
 
 @triton.jit
-def update_kernel(
+def finish_kernel(
+    weight,
+    grad,
+    momentum_buffer,
+    grad_scale,
     projection,
     step,
     found_inf,
+    projected,
     k,
     mean_dot_k,
     squares,
     parts,
-    square_parts,
+    row_parts,
     s,
+    lr: tl.float64,
+    lr_pointer,
+    momentum: tl.float64,
+    undamped: tl.float64,
+    weight_decay: tl.float64,
     alpha: tl.float64,
     alpha_pointer,
     forget: tl.float64,
+    NESTEROV: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
     PARTS: tl.constexpr,
-    SQUARE_PARTS: tl.constexpr,
+    ROW_PARTS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    WEIGHT_COLUMNS: tl.constexpr,
 ):
-    """P ← rls_update(P, h̄), where there is a k; and the step is over."""
+    """The first `row_parts` programs: P ← rls_update(P, h̄), where there is a k. One more a class: its weights, where
+    there is a `projected`, with which `product` has left them to this launch."""
     if is_skipped(found_inf):
         return
-    if step is not None:  # noqa: SIM102 (decided when it is compiled)
-        if tl.program_id(0) == 0:
-            tl.store(step, tl.load(step) + 1)
+    program = tl.program_id(0)
+    if step is not None and projected is None:
+        advance(step, program == 0)
     if k is not None:
         dtype: tl.constexpr = projection.dtype.element_ty
         valid, sign, root = rank_one(mean_dot_k, parts, alpha, alpha_pointer, PARTS, dtype)
-        if valid:
-            norm = frobenius_norm(squares, square_parts, SQUARE_PARTS, dtype)
-            rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-            for first in range(0, s, COLUMNS):
-                columns = first + tl.arange(0, COLUMNS)
-                offsets, mask, P = updated_tile(projection, k, rows, columns, s, sign, root, forget, dtype)
-                if squares is not None:
-                    P = P / norm
-                tl.store(projection + offsets, P, mask)
+        if program < row_parts:
+            if valid:
+                norm = frobenius_norm(squares, row_parts, ROW_PARTS, dtype)
+                rows = program * ROWS + tl.arange(0, ROWS)
+                for first in range(0, s, COLUMNS):
+                    columns = first + tl.arange(0, COLUMNS)
+                    offsets, mask, P = updated_tile(projection, k, rows, columns, s, sign, root, forget, dtype)
+                    if squares is not None:
+                        P = P / norm
+                    tl.store(projection + offsets, P, mask)
+        elif projected is not None:
+            step_class(
+                program - row_parts,
+                weight,
+                grad,
+                momentum_buffer,
+                grad_scale,
+                projected,
+                k,
+                squares,
+                row_parts,
+                s,
+                tl.load(step) == 1,  # `product` has advanced it
+                valid,
+                sign,
+                root,
+                read(lr, lr_pointer, dtype),
+                tl.full((), momentum, dtype),
+                tl.full((), undamped, dtype),
+                tl.full((), weight_decay, dtype),
+                tl.full((), 1.0 - forget, dtype),
+                tl.full((), forget, dtype),
+                NESTEROV,
+                MAXIMIZE,
+                ROW_PARTS,
+                WEIGHT_COLUMNS,
+            )
 
 
 def product_precision() -> str:
@@ -353,10 +393,10 @@ def head_step_(
 
     # A square tile of Z: larger ones read P and G less often, but a few classes would leave them mostly empty.
     BLOCK_C = BLOCK_J = min(max(triton.next_power_of_2(C), 16), 64)
-    parts, square_parts = triton.cdiv(s, BLOCK_J), triton.cdiv(s, UPDATE_ROWS)
+    parts, row_parts = triton.cdiv(s, BLOCK_J), triton.cdiv(s, UPDATE_ROWS)
     k = torch.empty(s, **like) if absorbs else None
     mean_dot_k = torch.empty(parts, **like) if absorbs else None
-    squares = torch.empty(square_parts, **like) if absorbs and hyper.normalize else None
+    squares = torch.empty(row_parts, **like) if absorbs and hyper.normalize else None
     projected = torch.empty(C, s, **like) if is_late else None
 
     lr = number_or_pointer(hyper.lr, device)
@@ -364,7 +404,7 @@ def head_step_(
     sgd_numbers = (*lr, float(hyper.momentum), 1.0 - float(hyper.dampening), float(hyper.weight_decay))
     rls_numbers = (*alpha, float(hyper.forget))
     flags = (hyper.nesterov, hyper.maximize)
-    PARTS, SQUARE_PARTS = triton.next_power_of_2(parts), triton.next_power_of_2(square_parts)
+    PARTS, ROW_PARTS = triton.next_power_of_2(parts), triton.next_power_of_2(row_parts)
 
     with on(device):
         if absorbs or grad is not None:
@@ -391,7 +431,7 @@ def head_step_(
                 num_warps=PRODUCT_WARPS,
             )
         if squares is not None:
-            norm_kernel[(square_parts,)](
+            norm_kernel[(row_parts,)](
                 projection,
                 found_inf,
                 k,
@@ -404,43 +444,26 @@ def head_step_(
                 UPDATE_ROWS,
                 UPDATE_COLUMNS,
             )
-        if is_late:
-            weights_kernel[(C,)](
-                weight,
-                grad,
-                momentum_buffer,
-                step,
-                grad_scale,
-                found_inf,
-                projected,
-                k,
-                mean_dot_k,
-                squares,
-                parts,
-                square_parts,
-                s,
-                *sgd_numbers,
-                *rls_numbers,
-                *flags,
-                PARTS,
-                SQUARE_PARTS,
-                WEIGHT_COLUMNS,
-            )
-        update_kernel[(square_parts if absorbs else 1,)](
+        finish_kernel[((row_parts if absorbs else 1) + (C if is_late else 0),)](
+            *((weight, grad, momentum_buffer, grad_scale) if is_late else (None, None, None, None)),
             projection,
             step,
             found_inf,
+            projected,
             k,
             mean_dot_k,
             squares,
             parts,
-            square_parts,
+            row_parts,
             s,
+            *sgd_numbers,
             *rls_numbers,
+            *flags,
             PARTS,
-            SQUARE_PARTS,
+            ROW_PARTS,
             UPDATE_ROWS,
             UPDATE_COLUMNS,
+            WEIGHT_COLUMNS,
         )
 
 
