@@ -23,14 +23,6 @@ ROOT = Path(__file__).parents[1]
 needs_av = pytest.mark.skipif(importlib.util.find_spec("av") is None, reason="needs PyAV (the extra `prepare`)")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # --- copies of datasets
 
 
