@@ -672,7 +672,7 @@ def film(path, colors, rate=10, sound=True):
     av = pytest.importorskip("av")
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=rate)
+        stream = container.add_stream("flv" if path.suffix == ".flv" else "mpeg4", rate=rate)
         stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 64, 32, "yuv420p", 4_000_000
         speaker = container.add_stream("aac" if path.suffix == ".mp4" else "mp3", rate=44_100) if sound else None
         for color in colors:
@@ -694,7 +694,7 @@ RED, GREEN, BLUE = (220, 20, 20), (20, 220, 20), (20, 20, 220)
 
 
 @needs_av
-@pytest.mark.parametrize("suffix", [".mp4", ".avi"])
+@pytest.mark.parametrize("suffix", [".mp4", ".avi", ".flv"])
 def test_frames_and_sound_of_a_video(tmp_path, suffix):
     path = tmp_path / f"a{suffix}"
     film(path, [RED, GREEN, BLUE])
