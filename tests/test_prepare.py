@@ -432,7 +432,9 @@ def test_several_batches_are_one(tmp_path, monkeypatch):
     whole, _ = prepare("mvsa-single", root)
     monkeypatch.setattr(build, "BATCH", 7)
     parts, _ = prepare("mvsa-single", root)
-    assert all(torch.equal(whole.features[m], parts.features[m]) for m in whole.modalities)
+    for modality in whole.modalities:
+        assert torch.equal(whole.features[modality], parts.features[modality])
+        assert torch.equal(whole.rows[modality], parts.rows[modality])
 
 
 # --- what is not as expected
@@ -538,7 +540,7 @@ def test_lines_that_are_not_as_expected(tmp_path, capsys):
     assert "expected clips of the classes" in error(capsys, "kinetics-sounds", roots["kinetics-sounds"])
 
 
-def test_other_arguments(tmp_path, capsys):
+def test_other_arguments(tmp_path, capsys, monkeypatch):
     root = copy("mvsa-single", tmp_path)
     assert "--modalities: expected some of text, image, got smell" in error(
         capsys, "mvsa-single", root, "--modalities", "text", "smell"
@@ -548,6 +550,7 @@ def test_other_arguments(tmp_path, capsys):
             main(arguments)
         capsys.readouterr()
     write(root / "labelResultAll.txt", "1\tpositive,positive")
+    monkeypatch.setattr(text, "read", lambda source: pytest.fail("read a recording"))
     assert "expected samples in every split" in error(capsys, "mvsa-single", root)
 
 
