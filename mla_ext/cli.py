@@ -18,6 +18,7 @@ import torch
 
 from . import build_info, checkpoint, parallel
 from .data import MultimodalData, digits, load_npz
+from .encoders import ENCODERS, WIDTHS
 from .recipe import METHODS, Settings, build
 from .training import CHECKPOINT, Report, evaluate, fit
 
@@ -53,6 +54,8 @@ def _ranks() -> Iterator[None]:
 
 
 def _train(arguments: argparse.Namespace) -> None:
+    if arguments.width is None:
+        arguments.width = WIDTHS[arguments.encoder]
     settings = Settings(**{f.name: getattr(arguments, f.name) for f in dataclasses.fields(Settings)})
     if arguments.resume and arguments.out is None:
         raise ValueError("--resume: expected --out too, the directory of the run to resume")
@@ -204,7 +207,9 @@ def _parser() -> argparse.ArgumentParser:
     setting(train, "momentum", "of SGD", type=_not_negative)
     setting(train, "weight_decay", "of SGD", type=_not_negative)
     setting(train, "alpha", "of the projection: smaller protects more", type=_positive)
-    setting(train, "width", "features that each encoder gives the head", type=_count)
+    setting(train, "encoder", "of images and spectrograms; vectors always get the small one", choices=tuple(ENCODERS))
+    widths = ", ".join(f"{width} with {name}" for name, width in WIDTHS.items())
+    train.add_argument("--width", type=_count, help=f"features that each encoder gives the head (default {widths})")
     setting(train, "missing", "drop this share of the modalities, of training and test samples alike", type=_rate)
     train.add_argument("--out", type=Path, help="directory for checkpoint, metrics and report")
     train.add_argument("--resume", action="store_true", help="go on with the run in --out, if there is one")

@@ -197,36 +197,3 @@ def scatter_rows(rows: Tensor, present: Tensor) -> Tensor:
     out = rows.new_zeros(len(present), *rows.shape[1:])
     out[present] = rows
     return out
-
-
-def default_encoder(shape: Sequence[int], width: int) -> nn.Sequential:
-    """A small encoder, quick to train on a CPU; its `width` features are non-negative (they leave a ReLU).
-
-    shape, of one input: (d,) gives two linear layers; (height, width) or (channels, height, width) up to three
-    convolutions, each halving the image, and a linear layer. Weights are drawn as He et al. (2015) do for ReLU. There
-    is no batch normalisation: a batch may hold a single sample.
-    """
-    shape = tuple(shape)
-    if len(shape) not in (1, 2, 3) or min(shape) < 1:
-        raise ValueError(f"shape: expected (d,), (height, width) or (channels, height, width), each >= 1, got {shape}")
-    if isinstance(width, bool) or not isinstance(width, int) or width < 1:
-        raise ValueError(f"width: expected a positive integer, got {width!r}")
-
-    layers: list[nn.Module] = []
-    if len(shape) == 1:
-        layers += [nn.Linear(shape[0], width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()]
-    else:
-        if len(shape) == 2:
-            layers.append(nn.Unflatten(1, (1, shape[0])))
-        channels, (height, breadth) = (1 if len(shape) == 2 else shape[0]), shape[-2:]
-        for out_channels in (16, 32, 64):
-            if channels >= 16 and min(height, breadth) <= 4:
-                break
-            layers += [nn.Conv2d(channels, out_channels, 3, stride=2, padding=1), nn.ReLU()]
-            channels, height, breadth = out_channels, (height + 1) // 2, (breadth + 1) // 2
-        layers += [nn.Flatten(), nn.Linear(channels * height * breadth, width), nn.ReLU()]
-    for layer in layers:
-        if isinstance(layer, nn.Linear | nn.Conv2d):
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-            nn.init.zeros_(layer.bias)
-    return nn.Sequential(*layers)

@@ -9,7 +9,8 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 
 from .data import MultimodalData
-from .model import ConcatModel, MultimodalModel, SharedHeadModel, default_encoder
+from .encoders import WIDTHS, build_encoder
+from .model import ConcatModel, MultimodalModel, SharedHeadModel
 from .optimizer import ProjectedSGD
 
 METHODS = {
@@ -21,7 +22,10 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """Of one training run. The defaults do well on all three of: images and spectrograms, vectors, the demo data."""
+    """Of one training run. The defaults do well on all three of: images and spectrograms, vectors, the demo data.
+
+    encoder: of images and spectrograms, one of `encoders.ENCODERS`; width: features that every encoder gives.
+    """
 
     method: str = "mla"
     epochs: int = 20
@@ -31,22 +35,25 @@ class Settings:
     momentum: float = 0.9
     weight_decay: float = 1e-4
     alpha: float = 0.1
-    width: int = 128
+    encoder: str = "small"
+    width: int = WIDTHS["small"]
     missing: float = 0.0
 
 
 def build(data: MultimodalData, settings: Settings) -> tuple[MultimodalModel, Optimizer]:
     """The untrained model, its weights drawn with `settings.seed`, and its optimizer.
 
-    The global random generator stays as it was. ValueError for an unknown method or a modality of a shape that
-    `default_encoder` does not take.
+    The global random generator stays as it was. ValueError for an unknown method or encoder, or a modality of a shape
+    that encoders do not take.
     """
     if settings.method not in METHODS:
         raise ValueError(f"method: expected one of {tuple(METHODS)}, got {settings.method!r}")
     joint = settings.method == "concat"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        encoders = {m: default_encoder(data.features[m].shape[1:], settings.width) for m in data.modalities}
+        encoders = {
+            m: build_encoder(settings.encoder, data.features[m].shape[1:], settings.width) for m in data.modalities
+        }
         head = nn.Linear(settings.width * (len(encoders) if joint else 1), len(data.classes))
     model = ConcatModel(encoders, head) if joint else SharedHeadModel(encoders, head)
 

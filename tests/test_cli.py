@@ -67,6 +67,26 @@ def test_train_then_evaluate_print_the_same_table(capsys, tmp_path, file, method
     assert evaluated.splitlines()[1:] == trained.splitlines()[1:-1]
 
 
+def test_the_encoder_is_part_of_the_run(capsys, tmp_path, file):
+    """Its own width unless another is asked for; evaluating rebuilds it, resuming and old runs must agree in it."""
+    options = ["--encoder", "resnet18", "--epochs", 1, "--batch-size", 36, "--out", tmp_path]
+    assert train(file, *options) == 0
+    trained = capsys.readouterr().out
+    saved = torch.load(tmp_path / "last.pt")
+    assert (saved["settings"]["encoder"], saved["settings"]["width"]) == ("resnet18", 512)
+    assert saved["model"]["head.weight"].shape == (3, 512)
+    assert cli.main(["evaluate", "--data", file, "--run", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == trained.splitlines()[1:-1]
+    message = error(capsys, "train", "--data", file, *options, "--encoder", "small", "--width", 512, "--resume")
+    assert "resume: expected a run with" in message
+    assert "invalid choice: 'vgg'" in error(capsys, "train", "--data", file, "--encoder", "vgg")
+
+    del saved["settings"]["encoder"]
+    torch.save(saved, tmp_path / "last.pt")
+    assert "got one without encoder" in error(capsys, "evaluate", "--data", file, "--run", tmp_path)
+    assert "resume: expected a run with encoder" in error(capsys, "train", "--data", file, *options, "--resume")
+
+
 def test_resume_ends_where_an_uninterrupted_run_does(capsys, tmp_path, file):
     assert train(file, "--epochs", 4, "--out", tmp_path / "whole") == 0
     assert train(file, "--epochs", 2, "--out", tmp_path / "parts", "--resume") == 0

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mla_ext.data import MultimodalData
-from mla_ext.model import ConcatModel, SharedHeadModel, default_encoder
+from mla_ext.model import ConcatModel, SharedHeadModel
 
 WIDTHS = {"audio": 5, "image": 3, "text": 4}
 
@@ -166,28 +166,3 @@ def test_concat_trains_on_a_batch_without_one_modality():
 def test_inputs_follow_the_models_dtype():
     data, model = make_data(), shared().double()
     assert model.logits(data, torch.tensor([0])).unimodal.dtype == torch.float64
-
-
-@pytest.mark.parametrize("shape", [(7,), (1, 1), (8, 8), (32, 12), (64, 40), (3, 20, 9)])
-def test_default_encoder(shape):
-    torch.manual_seed(0)
-    encoder = default_encoder(shape, 48)
-    for samples in (0, 1, 9):
-        features = encoder(torch.randn(samples, *shape))
-        assert features.shape == (samples, 48)
-        assert (features >= 0).all()
-    assert 0.2 < (features > 0).float().mean() < 0.8  # neither dead nor linear
-    features.sum().backward()
-    assert all(p.grad.abs().sum() > 0 for p in encoder.parameters())
-
-
-@pytest.mark.parametrize("shape", [(), (0,), (2, 0), (1, 2, 3, 4)])
-def test_default_encoder_refuses_other_shapes(shape):
-    with pytest.raises(ValueError, match="shape: expected"):
-        default_encoder(shape, 8)
-
-
-@pytest.mark.parametrize("width", [0, -1, 2.0, True])
-def test_default_encoder_refuses_other_widths(width):
-    with pytest.raises(ValueError, match="width: expected a positive integer"):
-        default_encoder((3,), width)

@@ -1,0 +1,32 @@
+"""Texts, and the words in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from .samples import Clip
+
+WORDS = 2000
+
+
+def read(source: Clip | str) -> str:
+    """The text itself, or that of a file, whose bytes that are not UTF-8 become U+FFFD."""
+    return source if isinstance(source, str) else source.path().read_text(encoding="utf-8", errors="replace").strip()
+
+
+def tf_idf(training: Sequence[str]) -> Callable[[Sequence[str]], np.ndarray]:
+    """Fit on the training texts; returns texts -> float32 (N, words).
+
+    Term frequency (1 + log) times inverse document frequency, of the 2000 most frequent words of the training texts,
+    each text scaled to length 1; zeros for a text that has none of them. ValueError where there is no word.
+    """
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    vectorizer = TfidfVectorizer(max_features=WORDS, sublinear_tf=True, dtype=np.float32)
+    try:
+        vectorizer.fit(training)
+    except ValueError as error:
+        raise ValueError(f"text: expected words in the {len(training)} training texts, found none") from error
+    return lambda texts: vectorizer.transform(texts).toarray()

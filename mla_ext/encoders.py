@@ -1,0 +1,95 @@
+"""Encoders that the command line can choose: a small one that is quick on a CPU, and ResNet-18."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def build_encoder(name: str, shape: Sequence[int], width: int) -> nn.Module:
+    """An encoder of ENCODERS by its name, for inputs (N, *shape) -> features (N, width), non-negative.
+
+    shape: (d,), (height, width) or (channels, height, width), each at least 1. A vector (d,) gets the small encoder
+    whatever the name. Weights are drawn from the global random generator, as He et al. (2015) do for ReLU. ValueError
+    for another name, shape or width.
+    """
+    if name not in ENCODERS:
+        raise ValueError(f"encoder: expected one of {tuple(ENCODERS)}, got {name!r}")
+    shape = tuple(shape)
+    if len(shape) not in (1, 2, 3) or min(shape) < 1:
+        raise ValueError(f"shape: expected (d,), (height, width) or (channels, height, width), each >= 1, got {shape}")
+    if isinstance(width, bool) or not isinstance(width, int) or width < 1:
+        raise ValueError(f"width: expected a positive integer, got {width!r}")
+    if len(shape) == 1:
+        layers = [nn.Linear(shape[0], width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()]
+    elif len(shape) == 2:
+        layers = [nn.Unflatten(1, (1, shape[0])), *ENCODERS[name](1, *shape, width)]
+    else:
+        layers = ENCODERS[name](*shape, width)
+    encoder = nn.Sequential(*layers)
+    for layer in encoder.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+    return encoder
+
+
+def small(channels: int, height: int, breadth: int, width: int) -> list[nn.Module]:
+    """Up to three convolutions, each halving the image, and a linear layer.
+
+    There is no normalisation: a batch may hold a single sample.
+    """
+    layers: list[nn.Module] = []
+    for out_channels in (16, 32, 64):
+        if channels >= 16 and min(height, breadth) <= 4:
+            break
+        layers += [nn.Conv2d(channels, out_channels, 3, stride=2, padding=1), nn.ReLU()]
+        channels, height, breadth = out_channels, (height + 1) // 2, (breadth + 1) // 2
+    return [*layers, nn.Flatten(), nn.Linear(channels * height * breadth, width), nn.ReLU()]
+
+
+def resnet18(channels: int, height: int, breadth: int, width: int) -> list[nn.Module]:
+    """ResNet-18 (He et al. 2016) up to its pooled 512 features; another width adds a linear layer and a ReLU.
+
+    11.2 million parameters; images of any size, made for 224 × 224 and sensible from about 32 × 32.
+
+    Group normalisation (Wu and He 2018), in 32 groups, stands where the paper's encoder has batch normalisation, so
+    that a sample's features depend on that sample alone: a batch may hold a single one, of a single pixel in the last
+    stages, where batch normalisation raises; ranks that train in parallel, each on its share of a batch, do what one
+    process does, and have no running statistics to drift apart; training and evaluation mode agree.
+    """
+    layers: list[nn.Module] = [nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False), nn.GroupNorm(32, 64)]
+    layers += [nn.ReLU(), nn.MaxPool2d(3, stride=2, padding=1)]
+    inner = 64
+    for out_channels in (64, 128, 256, 512):
+        layers += [BasicBlock(inner, out_channels), BasicBlock(out_channels, out_channels)]
+        inner = out_channels
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return layers if width == inner else [*layers, nn.Linear(inner, width), nn.ReLU()]
+
+
+class BasicBlock(nn.Module):
+    """Two 3 × 3 convolutions and a shortcut around them; where the channels grow, the image is halved."""
+
+    def __init__(self, channels: int, out_channels: int) -> None:
+        super().__init__()
+        stride = 1 if channels == out_channels else 2
+        self.first = nn.Conv2d(channels, out_channels, 3, stride=stride, padding=1, bias=False)
+        self.first_norm = nn.GroupNorm(32, out_channels)
+        self.second = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.second_norm = nn.GroupNorm(32, out_channels)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride == 2:
+            projection = nn.Conv2d(channels, out_channels, 1, stride=2, bias=False)
+            self.shortcut = nn.Sequential(projection, nn.GroupNorm(32, out_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = F.relu(self.first_norm(self.first(x)))
+        return F.relu(self.second_norm(self.second(inner)) + self.shortcut(x))
+
+
+ENCODERS: dict[str, Callable[[int, int, int, int], list[nn.Module]]] = {"small": small, "resnet18": resnet18}
+WIDTHS = {"small": 128, "resnet18": 512}  # features that each gives by default
