@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from mla_ext import ConcatModel, MultimodalData, ProjectedSGD, SharedHeadModel, fit
-from mla_ext.model import JointModel, Logits, MultimodalModel, Step, default_encoder
+from mla_ext.encoders import build_encoder
+from mla_ext.model import JointModel, Logits, MultimodalModel, Step
 
 from .released import project_as_released
 
@@ -35,7 +36,7 @@ class Setting:
     width: int
 
     def encoders(self, data: MultimodalData) -> dict[str, nn.Module]:
-        return {m: default_encoder(data.features[m].shape[1:], self.width) for m in data.modalities}
+        return {m: build_encoder("small", data.features[m].shape[1:], self.width) for m in data.modalities}
 
     def sgd(self, model: nn.Module, weight_decay: float = 1e-4) -> SGD:
         return SGD(model.parameters(), lr=self.lr, momentum=MOMENTUM, weight_decay=weight_decay)
