@@ -124,7 +124,7 @@ def check_head_step(
     step: Tensor,
     hyper: Hyperparameters,
 ) -> None:
-    check_hyperparameters(hyper)
+    """Of the tensors; `check_hyperparameters` is for hyper itself."""
     check_tensor("weight", weight, ("C", "s"))
     check_nonempty("weight", weight)
     shape, device, dtypes = weight.shape, weight.device, (accumulate_dtype(weight.dtype),)

@@ -17,10 +17,33 @@ class Observation:
 
     mean: Tensor
     count: int
+    features: Tensor | None = None  # (N, s), of a single batch
+    output_grad: Tensor | None = None  # (N, C), once a backward pass has reached the head's output
 
     def add(self, mean: Tensor, count: int) -> None:
         self.count += count
         self.mean = self.mean.lerp(mean, count / self.count)
+        self.features = None
+
+    def keep_factors(self, features: Tensor, output: Tensor) -> None:
+        """Keep what the weight's gradient is the product of, as long as this batch (N, s) -> (N, C) is the only one."""
+
+        def keep(grad: Tensor) -> None:
+            self.output_grad = grad.reshape(-1, grad.shape[-1])
+
+        self.features = features
+        output.register_hook(keep)
+
+    def factors_of(self, grad: Tensor) -> tuple[Tensor, Tensor] | None:
+        """features (N, s) and output_grad (N, C), if grad (C, s) is their product and nothing else, to the last bit.
+
+        That is what the backward pass of a linear layer leaves, unless there was another loss, another batch, a hook,
+        clipping, scaling or an average over ranks.
+        """
+        features, output_grad = self.features, self.output_grad
+        if features is None or output_grad is None or not torch.equal(output_grad.t() @ features, grad):
+            return None
+        return features, output_grad.contiguous()
 
 
 def observe(features: Tensor, dtype: torch.dtype, backend: str) -> Observation:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import _checks, backends
+from .pending import Pending
 from .reference import Hyperparameters
 
 __all__ = ["Hyperparameters", "entropy_fusion", "feature_mean", "head_step_", "rls_update_"]
@@ -61,6 +62,7 @@ def head_step_(
     (s, s) and feature_mean (s,) or None in that dtype too; step 0-d float32, 0 before momentum_buffer's first update.
     grad_scale: one float32 that divides grad; found_inf: one float32, and unless it is 0 nothing changes.
     """
+    _checks.check_hyperparameters(hyper)
     _checks.check_head_step(weight, grad, momentum_buffer, projection, feature_mean, step, hyper)
     for name, value in (("grad_scale", grad_scale), ("found_inf", found_inf)):
         if value is not None:
@@ -79,13 +81,20 @@ def run_head_step_(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     backend: str,
+    pending: Pending | None = None,
+    factors: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """`head_step_` on arguments that are already checked, with gradients disabled."""
+    """`head_step_` on arguments that are already checked, with gradients disabled.
+
+    For the backend "cpu" alone: `pending` lets the update of P wait, and belongs to this projection; `factors` are
+    features (N, s) and output_grad (N, C) with grad = output_gradᵀ features, which give G P by a smaller product.
+    """
     chosen = backends.choose(backend, weight.device)
     W, P = weight.contiguous(), projection.contiguous()
     M = None if momentum_buffer is None else momentum_buffer.contiguous()
     h = None if feature_mean is None else feature_mean.contiguous()
-    chosen.head_step_(W, grad.contiguous(), M, P, h, step, hyper, grad_scale, found_inf)
+    extras = {} if pending is None and factors is None else {"pending": pending, "factors": factors}
+    chosen.head_step_(W, grad.contiguous(), M, P, h, step, hyper, grad_scale, found_inf, **extras)
     _write_back((weight, W), (projection, P), (momentum_buffer, M))
 
 

@@ -16,10 +16,12 @@ from torch.utils.hooks import RemovableHandle
 
 from . import _checks, backends, ops
 from .observation import Observation, average_over_ranks, observe
+from .pending import Pending
 from .reference import Hyperparameters, accumulate_dtype
 from .sharding import check_sharding, local_shards
 
 _HYPERPARAMETERS = tuple(Hyperparameters.__dataclass_fields__)
+CLASSES_FOR_BLAS = 32  # from as many on the CPU's kernels leave G P to BLAS (csrc/bindings/ops.cpp)
 
 
 class ProjectedSGD(Optimizer):
@@ -98,6 +100,7 @@ class ProjectedSGD(Optimizer):
         self.backend = backend
         self.process_group = process_group
         self._observed: dict[Tensor, Observation] = {}
+        self._pending: dict[Tensor, Pending] = {}
         defaults = {name: getattr(hyper, name) for name in _HYPERPARAMETERS}
         super().__init__(params, defaults | {"capturable": capturable, "foreach": foreach, "fused": fused})
 
@@ -124,7 +127,7 @@ class ProjectedSGD(Optimizer):
         if not isinstance(head, nn.Linear):
             raise TypeError(f"head: expected an nn.Linear, got {type(head).__name__}")
         self._project(head.weight, "head.weight")
-        return head.register_forward_pre_hook(partial(self._record, head.weight), with_kwargs=True)
+        return head.register_forward_hook(partial(self._record, head.weight), with_kwargs=True)
 
     def observe(self, weight: Tensor, features: Tensor) -> None:
         """Record features (N, s), the inputs of the head with this weight (C, s), by hand. N counts as its weight."""
@@ -144,13 +147,29 @@ class ProjectedSGD(Optimizer):
         if "projection" not in state:
             what = _checks.describe(weight)
             raise ValueError(f"weight: expected a weight that was attached or observed, got {what} that was not")
+        self.settle()
         return state["projection"].clone()
 
     def reset_projection(self) -> None:
         """Every P back to the identity: full plasticity, nothing protected."""
+        self._pending.clear()
         for state in self.state.values():
             if "projection" in state:
                 _set_to_identity(state["projection"])
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Make the updates of P that wait. Whatever shows P does so by itself, state_dict() and projection() too.
+
+        On CPUs most steps leave P in memory as it is and keep its update, so that P is written once in many steps.
+        """
+        for weight, pending in self._pending.items():
+            backends.cpu.fold_(self.state[weight]["projection"], pending)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As for any optimizer."""
+        self.settle()
+        return super().state_dict()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -172,8 +191,8 @@ class ProjectedSGD(Optimizer):
             self._observed.clear()
         for group, params in plain_groups:
             self._plain_step(group, params, grad_scale, found_inf)
-        for arguments in head_steps:
-            ops.run_head_step_(*arguments, grad_scale, found_inf, self.backend)
+        for arguments, extras in head_steps:
+            ops.run_head_step_(*arguments, grad_scale, found_inf, self.backend, *extras)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -198,6 +217,7 @@ class ProjectedSGD(Optimizer):
                 raise ValueError(f"state_dict: expected a projection for {wanted}, got {got}")
 
         super().load_state_dict(state_dict)
+        self._pending.clear()
         for group, kept in zip(self.param_groups, tensors, strict=True):
             for name, tensor in kept.items():  # captured graphs know these tensors, not new ones
                 group[name] = tensor.copy_(torch.as_tensor(group[name]).reshape(tensor.shape))
@@ -219,15 +239,32 @@ class ProjectedSGD(Optimizer):
                 self._project(weight, "weight")
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"backend": self.backend, "process_group": self.process_group, "_observed": {}}
+        self.settle()
+        own = {"backend": self.backend, "process_group": self.process_group, "_observed": {}, "_pending": {}}
         return super().__getstate__() | own
 
-    def _record(self, weight: Tensor, head: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _record(self, weight: Tensor, head: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
         if not (head.training and torch.is_grad_enabled() and weight.requires_grad):
             return
         features = args[0] if args else kwargs["input"]
         if features.numel() > 0:
-            self.observe(weight, features.detach().reshape(-1, features.shape[-1]))
+            features = features.detach().reshape(-1, features.shape[-1])
+            self.observe(weight, features)
+            if self._gains_by_factors(weight, features, output):
+                self._observed[weight].keep_factors(features, output)
+
+    def _gains_by_factors(self, weight: Tensor, features: Tensor, output: Tensor) -> bool:
+        """Whether Δᵀ(X P), and the proof that the gradient is ΔᵀX, take clearly less work than G P."""
+        (C, s), N = weight.shape, len(features)
+        return (
+            C >= CLASSES_FOR_BLAS
+            and N * (s + 2 * C) < 0.8 * C * s
+            and type(weight) is nn.Parameter
+            and weight.dtype == features.dtype == output.dtype == accumulate_dtype(weight.dtype)
+            and self._observed[weight].count == N
+            and not torch.compiler.is_compiling()
+            and backends.choose(self.backend, weight.device) is backends.cpu
+        )
 
     def _project(self, weight: Tensor, name: str) -> None:
         """Give `weight` a projection, if it has none yet."""
@@ -253,30 +290,44 @@ class ProjectedSGD(Optimizer):
             state["momentum_buffer"] = torch.zeros_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
         state["projection"] = _set_to_identity(torch.empty(2 * weight.shape[1:], dtype=dtype, device=weight.device))
 
+    def _pending_of(self, weight: Tensor, hyper: Hyperparameters) -> Pending | None:
+        """Where the update of P can wait: in the CPU's kernels, with nothing but the rank-one update to make."""
+        waits = backends.choose(self.backend, weight.device) is backends.cpu and not torch.compiler.is_compiling()
+        if waits and not (hyper.normalize or isinstance(hyper.forget, Tensor) or hyper.forget != 0):
+            if weight not in self._pending:
+                self._pending[weight] = Pending.beside(self.state[weight]["projection"])
+            return self._pending[weight]
+        if weight in self._pending:
+            self.settle()
+            del self._pending[weight]
+        return None
+
     def _plan(self) -> tuple[list[tuple], list[tuple[dict, list[Tensor]]]]:
-        """The checked arguments of every head step, and the plain parameters by group.
+        """The checked arguments of every head step, what else `ops.run_head_step_` takes, and the plain parameters.
 
         Weights, momentum and P keep their values; a momentum buffer that is needed for the first time is made.
         """
-        heads: list[tuple[dict, Tensor]] = []
+        heads: list[tuple[dict, Hyperparameters, Tensor]] = []
         plain: list[tuple[dict, list[Tensor]]] = []
         for group in self.param_groups:
-            _checks.check_hyperparameters(_hyperparameters(group))
+            hyper = _hyperparameters(group)
+            _checks.check_hyperparameters(hyper)
             params = [param for param in group["params"] if param.grad is not None]
-            heads += [(group, param) for param in params if "projection" in self.state.get(param, {})]
+            heads += [(group, hyper, param) for param in params if "projection" in self.state.get(param, {})]
             plain.append((group, [param for param in params if "projection" not in self.state.get(param, {})]))
 
-        observations = [self._observed.get(weight) for _, weight in heads]
+        observations = [self._observed.get(weight) for *_, weight in heads]
         means = [None if observation is None else observation.mean for observation in observations]
         if heads and self.process_group != "local" and dist.is_available() and dist.is_initialized():
-            projections = [self.state[weight]["projection"] for _, weight in heads]
+            projections = [self.state[weight]["projection"] for *_, weight in heads]
             means = average_over_ranks(observations, projections, self.process_group)
 
         steps = []
-        for (group, weight), mean in zip(heads, means, strict=True):
-            backends.choose(self.backend, weight.device)
+        for (group, hyper, weight), mean, observation in zip(heads, means, observations, strict=True):
             state, dtype = self.state[weight], accumulate_dtype(weight.dtype)
             if state["projection"].dtype != dtype:  # the model was converted since
+                self.settle()
+                self._pending.pop(weight, None)
                 for name in ("projection", "momentum_buffer"):
                     if state.get(name) is not None:
                         state[name] = state[name].to(dtype)
@@ -289,9 +340,10 @@ class ProjectedSGD(Optimizer):
                 momentum_buffer = state["momentum_buffer"]
             shards = local_shards(weight, weight.grad, momentum_buffer)
             mean = None if mean is None else mean.to(dtype)
-            arguments = (*shards, state["projection"], mean, state["step"], _hyperparameters(group))
+            arguments = (*shards, state["projection"], mean, state["step"], hyper)
             _checks.check_head_step(*arguments)
-            steps.append(arguments)
+            factors = None if observation is None else observation.factors_of(weight.grad)
+            steps.append((arguments, (self._pending_of(weight, hyper), factors)))
         return steps, plain
 
     def _plain_step(

@@ -48,6 +48,11 @@ SAMPLES = {
         OPS.head_step_,
         head(torch.float32, torch.ones(()), torch.zeros(()), torch.ones(()), torch.ones(())),
     ),
+    "head_step_pending": lambda: (
+        OPS.head_step_,
+        head(torch.float32, *4 * (None,), torch.zeros(4, 5), torch.tensor(0), randn(2, 5), randn(2, 3)),
+    ),
+    "fold_": lambda: (OPS.fold_, (torch.eye(5), randn(4, 5), torch.tensor(3))),
     "entropy_fusion": lambda: (OPS.entropy_fusion, (randn(2, 3, 4), None)),
     "entropy_fusion_bf16": lambda: (
         OPS.entropy_fusion,

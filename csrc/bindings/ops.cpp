@@ -44,6 +44,26 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, mla_ext::cpu::Body 
 // From so many classes on BLAS makes G P faster than the kernels do (benchmarks/NOTES.md).
 constexpr int64_t kClassesForBlas = 32;
 
+mla_ext::cpu::Pending pending_of(const Tensor& projection, const Tensor& pending, const Tensor& count) {
+  check_pending(projection, pending, count, kDevice);
+  int64_t* waiting = static_cast<int64_t*>(count.data_ptr());
+  STD_TORCH_CHECK(*waiting >= 0 && *waiting < pending.size(0), "pending_count: out of range");
+  return {pending.data_ptr(), pending.size(0), waiting};
+}
+
+// Z = G P by BLAS; where the gradient comes in factors, G = output_grad^T features, from the thinner features P.
+void project(const Tensor& grad, const Tensor& projection, const mla_ext::cpu::Pending& pending,
+             const std::optional<Tensor>& features, const std::optional<Tensor>& output_grad, Tensor& Z) {
+  const Tensor X = features.has_value() ? *features : torch::stable::to(grad, projection.scalar_type());
+  Tensor XP = features.has_value() ? torch::stable::new_empty(projection, {X.size(0), X.size(1)}) : Z;
+  matmul_into(X, projection, XP);
+  if (pending.rows != nullptr) {
+    mla_ext::cpu::kernels().correct(dtype_of(projection, "projection"), X.data_ptr(), XP.data_ptr(), X.size(0),
+                                    X.size(1), pending, parallel_for);
+  }
+  if (features.has_value()) matmul_into(torch::stable::transpose(*output_grad, 0, 1), XP, Z);
+}
+
 Tensor feature_mean(const Tensor& features) {
   check_features(features, kDevice);
   const DType dtype = dtype_of(features, "features");
@@ -64,10 +84,20 @@ void head_step_(Tensor weight, const Tensor& grad, std::optional<Tensor> momentu
                 const std::optional<Tensor>& feature_mean, Tensor step, double lr, double momentum, double dampening,
                 double weight_decay, bool nesterov, bool maximize, double alpha, bool absorb_before, bool normalize,
                 double forget, const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
-                const std::optional<Tensor>& lr_tensor, const std::optional<Tensor>& alpha_tensor) {
+                const std::optional<Tensor>& lr_tensor, const std::optional<Tensor>& alpha_tensor,
+                std::optional<Tensor> pending_rows, std::optional<Tensor> pending_count,
+                const std::optional<Tensor>& features, const std::optional<Tensor>& output_grad) {
   check_head_step(weight, grad, momentum_buffer, projection, feature_mean, step, kDevice);
   const DType dtype = dtype_of(weight, "weight");
   const double scale = scalar(grad_scale, "grad_scale", 1);
+  STD_TORCH_CHECK(pending_rows.has_value() == pending_count.has_value(), "pending_count: expected beside pending");
+  STD_TORCH_CHECK(features.has_value() == output_grad.has_value(), "output_grad: expected beside features");
+  mla_ext::cpu::Pending pending{nullptr, 0, nullptr};
+  if (pending_rows.has_value()) {
+    pending = pending_of(projection, *pending_rows, *pending_count);
+    STD_TORCH_CHECK(forget == 0 && !normalize, "pending: expected neither forget nor normalize with it");
+  }
+  if (features.has_value()) check_factors(weight, *features, *output_grad, kDevice);
   if (scalar(found_inf, "found_inf", 0) != 0) return;
 
   const int64_t C = weight.size(0), s = weight.size(1);
@@ -82,6 +112,7 @@ void head_step_(Tensor weight, const Tensor& grad, std::optional<Tensor> momentu
                                    pointer(momentum_buffer),
                                    projected.data_ptr(),
                                    /*is_projected=*/false,
+                                   pending,
                                    /*is_first=*/*steps == 0,
                                    absorb_before,
                                    nesterov,
@@ -93,15 +124,26 @@ void head_step_(Tensor weight, const Tensor& grad, std::optional<Tensor> momentu
                                    weight_decay};
   if (C >= kClassesForBlas) {
     if (absorb_before && feature_mean.has_value()) {
-      mla_ext::cpu::kernels().rls_update(dtype_of(projection, "projection"), rls, parallel_for);
+      const DType accumulate = dtype_of(projection, "projection");
+      if (pending.rows != nullptr) {
+        mla_ext::cpu::kernels().fold(accumulate, projection.data_ptr(), s, pending, parallel_for);
+      }
+      mla_ext::cpu::kernels().rls_update(accumulate, rls, parallel_for);
       arguments.rls.feature_mean = nullptr;
     }
     Tensor Z = torch::stable::narrow(projected, 0, 0, C);
-    matmul_into(torch::stable::to(grad, projection.scalar_type()), projection, Z);
+    project(grad, projection, pending, features, output_grad, Z);
     arguments.is_projected = true;
   }
   mla_ext::cpu::kernels().head_step(dtype, arguments, parallel_for);
   *steps += 1;
+}
+
+void fold_(Tensor projection, const Tensor& pending, Tensor pending_count) {
+  STD_TORCH_CHECK(projection.dim() == 2 && projection.numel() > 0, "projection: expected a non-empty (s, s) tensor");
+  check(projection, "projection", {projection.size(0), projection.size(0)}, accumulate_type(projection), kDevice);
+  mla_ext::cpu::kernels().fold(dtype_of(projection, "projection"), projection.data_ptr(), projection.size(0),
+                               pending_of(projection, pending, pending_count), parallel_for);
 }
 
 std::tuple<Tensor, Tensor> entropy_fusion(const Tensor& logits, const std::optional<Tensor>& present) {
@@ -128,7 +170,10 @@ STABLE_TORCH_LIBRARY(mla_ext, library) {
       "head_step_(Tensor(a!) weight, Tensor grad, Tensor(b!)? momentum_buffer, Tensor(c!) projection, "
       "Tensor? feature_mean, Tensor(d!) step, float lr, float momentum, float dampening, float weight_decay, "
       "bool nesterov, bool maximize, float alpha, bool absorb_before, bool normalize, float forget, "
-      "Tensor? grad_scale, Tensor? found_inf, Tensor? lr_tensor=None, Tensor? alpha_tensor=None) -> ()");
+      "Tensor? grad_scale, Tensor? found_inf, Tensor? lr_tensor=None, Tensor? alpha_tensor=None, "
+      "Tensor(e!)? pending=None, Tensor(f!)? pending_count=None, Tensor? features=None, Tensor? output_grad=None) -> "
+      "()");
+  library.def("fold_(Tensor(a!) projection, Tensor pending, Tensor(b!) pending_count) -> ()");
   library.def("entropy_fusion(Tensor logits, Tensor? present) -> (Tensor fused, Tensor weights)");
 }
 
@@ -136,5 +181,6 @@ STABLE_TORCH_LIBRARY_IMPL(mla_ext, CPU, library) {
   library.impl("feature_mean", TORCH_BOX(&feature_mean));
   library.impl("rls_update_", TORCH_BOX(&rls_update_));
   library.impl("head_step_", TORCH_BOX(&head_step_));
+  library.impl("fold_", TORCH_BOX(&fold_));
   library.impl("entropy_fusion", TORCH_BOX(&entropy_fusion));
 }

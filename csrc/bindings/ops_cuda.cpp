@@ -88,7 +88,11 @@ void head_step_(Tensor weight, const Tensor& grad, std::optional<Tensor> momentu
                 const std::optional<Tensor>& feature_mean, Tensor step, double lr, double momentum, double dampening,
                 double weight_decay, bool nesterov, bool maximize, double alpha, bool absorb_before, bool normalize,
                 double forget, const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
-                const std::optional<Tensor>& lr_tensor, const std::optional<Tensor>& alpha_tensor) {
+                const std::optional<Tensor>& lr_tensor, const std::optional<Tensor>& alpha_tensor,
+                std::optional<Tensor> pending, std::optional<Tensor> pending_count,
+                const std::optional<Tensor>& features, const std::optional<Tensor>& output_grad) {
+  STD_TORCH_CHECK(!pending.has_value() && !pending_count.has_value(), "pending: the CUDA kernels update P every step");
+  STD_TORCH_CHECK(!features.has_value() && !output_grad.has_value(), "features: the CUDA kernels take grad alone");
   check_head_step(weight, grad, momentum_buffer, projection, feature_mean, step, kDevice);
   const DataType dtype = dtype_of(weight, "weight");
   const int64_t C = weight.size(0), s = weight.size(1);

@@ -30,13 +30,46 @@ void sgd(const HeadStep& step, const A* projected, int64_t begin, int64_t end) {
   }
 }
 
+// The rest of a step whose update of P waits, from Z = [G; h] B on: Z becomes [G; h] P, and u joins the rows of K.
+template <class T, class A>
+void defer(const HeadStep& step, const A* const* X, A* Z, ParallelFor parallel_for) {
+  const int64_t s = step.rls.s, C = step.C;
+  A* K = static_cast<A*>(step.pending.rows);
+  const A* h = static_cast<const A*>(step.rls.feature_mean);
+  int64_t& count = *step.pending.count;
+  RankOne<A> rank_one{1, false};
+  if (h != nullptr) {
+    A* k = Z + C * s;
+    Scratch<A> dots(count);
+    correct_row(h, k, s, K, count, A(1), dots.get());
+    rank_one = scale_to_u(k, h, s, A(step.rls.alpha));
+    if (rank_one.absorbed) std::memcpy(K + count * s, k, sizeof(A) * s);
+  }
+  const int64_t absorbed = count + (rank_one.absorbed ? 1 : 0);
+  const int64_t used = step.absorb_before ? absorbed : count;
+  const A last_sign = used > count ? rank_one.sign : A(1);
+  parallel(parallel_for, C, kWorkPerTask / (2 * s * (used + 1)), [&](int64_t begin, int64_t end) {
+    Scratch<A> dots(used);
+    for (int64_t c = begin; c < end; ++c) {
+      if (!step.is_projected) correct_row(X[c], Z + c * s, s, K, used, last_sign, dots.get());
+      sgd<T, A>(step, Z, c * s, (c + 1) * s);
+    }
+  });
+  count = absorbed;
+  // A negative sign cannot wait: only the last row has one.
+  if (rank_one.absorbed && (count == step.pending.capacity || rank_one.sign < 0)) {
+    fold<A>(step.rls.projection, s, step.pending, rank_one.sign, parallel_for);
+  }
+}
+
 template <class T>
 void head_step(const HeadStep& step, ParallelFor parallel_for) {
   using A = typename Accumulate<T>::type;
   const int64_t s = step.rls.s, C = step.C;
   A* P = static_cast<A*>(step.rls.projection);
+  A* K = static_cast<A*>(step.pending.rows);
   const A* h = static_cast<const A*>(step.rls.feature_mean);
-  if (step.absorb_before && h != nullptr) {
+  if (step.absorb_before && h != nullptr && K == nullptr) {
     rls_update<A>(step.rls, parallel_for);
     h = nullptr;
   }
@@ -59,6 +92,8 @@ void head_step(const HeadStep& step, ParallelFor parallel_for) {
   const auto row_end = [s](int64_t block) { return block * kRows < s ? block * kRows : s; };
   parallel(parallel_for, n > 0 ? blocks : 0, kWorkPerTask / (n * s * kRows + 1),
            [&](int64_t begin, int64_t end) { product<A>(P, X.get(), n, s, begin * kRows, row_end(end), out, s); });
+
+  if (K != nullptr) return defer<T, A>(step, X.get(), Z, parallel_for);
 
   const RankOne<A> rank_one = h == nullptr ? RankOne<A>{0, false} : scale_to_u(k, h, s, A(step.rls.alpha));
   parallel(parallel_for, blocks, kWorkPerTask / ((C + s) * kRows), [&](int64_t begin, int64_t end) {

@@ -5,6 +5,7 @@
 #include "entropy_fusion.h"
 #include "feature_mean.h"
 #include "head_step.h"
+#include "pending.h"
 #include "rls_update.h"
 
 namespace mla_ext::cpu::MLA_EXT_ISA {
@@ -38,6 +39,19 @@ void any_head_step(DType dtype, const HeadStep& step, ParallelFor parallel_for) 
   dispatch(dtype, [&](auto t) { head_step<decltype(t)>(step, parallel_for); });
 }
 
+void any_fold(DType accumulate, void* projection, int64_t s, const Pending& pending, ParallelFor parallel_for) {
+  dispatch(accumulate, [&](auto t) {
+    using A = typename Accumulate<decltype(t)>::type;
+    fold<A>(projection, s, pending, A(1), parallel_for);
+  });
+}
+
+void any_correct(DType accumulate, const void* X, void* Z, int64_t n, int64_t s, const Pending& pending,
+                 ParallelFor parallel_for) {
+  dispatch(accumulate,
+           [&](auto t) { correct<typename Accumulate<decltype(t)>::type>(X, Z, n, s, pending, parallel_for); });
+}
+
 void any_entropy_fusion(DType dtype, const EntropyFusion& fusion, ParallelFor parallel_for) {
   dispatch(dtype, [&](auto t) { entropy_fusion<decltype(t)>(fusion, parallel_for); });
 }
@@ -45,6 +59,6 @@ void any_entropy_fusion(DType dtype, const EntropyFusion& fusion, ParallelFor pa
 }  // namespace
 
 extern const Kernels kernels;
-const Kernels kernels = {any_feature_mean, any_rls_update, any_head_step, any_entropy_fusion};
+const Kernels kernels = {any_feature_mean, any_rls_update, any_head_step, any_fold, any_correct, any_entropy_fusion};
 
 }  // namespace mla_ext::cpu::MLA_EXT_ISA

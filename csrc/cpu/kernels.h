@@ -25,6 +25,13 @@ struct RlsUpdate {
   bool normalize;
 };
 
+// Updates of P that wait until there are many: P = B - sum of u u^T over the rows u, with B what `projection` holds.
+struct Pending {
+  void* rows;        // A (capacity, s), or null: every update is made at once
+  int64_t capacity;  // when so many wait, they are made
+  int64_t* count;    // how many wait, in place
+};
+
 // One step of the shared head: W <- W - lr SGD(G P), P <- rls(P, h).
 struct HeadStep {
   RlsUpdate rls;
@@ -34,7 +41,8 @@ struct HeadStep {
   void* momentum_buffer;  // A (C, s), in place, or null: no momentum
   void* projected;        // A (C + 1, s), workspace for [G; h] P; with `is_projected` it holds G P already
   bool is_projected;
-  bool is_first;  // the momentum buffer starts as the gradient
+  Pending pending;  // without forgetting and normalisation only; "before" not with `is_projected`
+  bool is_first;    // the momentum buffer starts as the gradient
   bool absorb_before;
   bool nesterov;
   bool maximize;
@@ -59,6 +67,11 @@ struct Kernels {
   void (*feature_mean)(DType dtype, const void* features, void* mean, int64_t N, int64_t s, ParallelFor parallel_for);
   void (*rls_update)(DType accumulate, const RlsUpdate& update, ParallelFor parallel_for);
   void (*head_step)(DType dtype, const HeadStep& step, ParallelFor parallel_for);
+  // Makes the updates that wait.
+  void (*fold)(DType accumulate, void* projection, int64_t s, const Pending& pending, ParallelFor parallel_for);
+  // From Z = X B to X P, for n rows of X and Z.
+  void (*correct)(DType accumulate, const void* X, void* Z, int64_t n, int64_t s, const Pending& pending,
+                  ParallelFor parallel_for);
   void (*entropy_fusion)(DType dtype, const EntropyFusion& fusion, ParallelFor parallel_for);
 };
 

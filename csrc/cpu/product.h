@@ -7,12 +7,15 @@ namespace mla_ext::cpu::MLA_EXT_ISA {
 
 // How many rows of P and of X meet in registers: kRows * kColumns sums, and the operands, fill the register file.
 #if defined(__AVX512F__)
-constexpr int kRows = 4, kColumns = 6;
+constexpr int kRows = 4, kColumns = 7;
 #elif defined(__aarch64__)
 constexpr int kRows = 4, kColumns = 6;
 #else
 constexpr int kRows = 3, kColumns = 4;
 #endif
+
+// So far ahead each row of P is fetched: what the hardware fetches by itself does not keep up when P comes from memory.
+constexpr int64_t kBytesAhead = 1024;
 
 // out[q * stride + r] = P[r] . X[q] for R rows of P and Q rows of X, all of length s.
 template <class A, int R, int Q>
@@ -22,7 +25,10 @@ void dots(const A* P, const A* const* X, int64_t s, A* out, int64_t stride) {
   for (; j + kLanes<A> <= s; j += kLanes<A>) {
     Vec<A> p[R];
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) p[r] = load(P + r * s + j);
+    for (int r = 0; r < R; ++r) {
+      p[r] = load(P + r * s + j);
+      __builtin_prefetch(P + r * s + j + kBytesAhead / int64_t(sizeof(A)));
+    }
 #pragma GCC unroll 8
     for (int q = 0; q < Q; ++q) {
       const Vec<A> x = load(X[q] + j);

@@ -4,12 +4,11 @@
 #include <cmath>
 
 #include "kernels.h"
+#include "pending.h"
 #include "product.h"
 #include "scratch.h"
 
 namespace mla_ext::cpu::MLA_EXT_ISA {
-
-constexpr int64_t kWorkPerTask = 32768;  // multiply-adds that repay handing a piece of work to a thread
 
 // What an update subtracts from P: sign * u u^T, with u = k / sqrt|d|.
 template <class A>

@@ -46,6 +46,17 @@ template <class A>
 inline void store(A* p, Vec<A> v) {
   std::memcpy(p, &v, sizeof v);
 }
+// The first n lanes, n <= kLanes; the others are 0, and not stored.
+template <class A>
+inline Vec<A> load_part(const A* p, int64_t n) {
+  Vec<A> v{};
+  std::memcpy(&v, p, sizeof(A) * n);
+  return v;
+}
+template <class A>
+inline void store_part(A* p, Vec<A> v, int64_t n) {
+  std::memcpy(p, &v, sizeof(A) * n);
+}
 template <class A>
 inline Vec<A> broadcast(A x) {
   return x - Vec<A>{};

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _fakes, _library
+from ..pending import Pending
 from ..reference import Hyperparameters
 
 _ops = torch.ops.mla_ext
@@ -31,7 +32,10 @@ def head_step_(
     hyper: Hyperparameters,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
+    pending: Pending | None = None,
+    factors: tuple[Tensor, Tensor] | None = None,
 ) -> None:
+    """Only the CPU kernels take `pending` and `factors`, features (N, s) and output_grad (N, C) of grad."""
     lr, lr_tensor = _number_or_tensor(hyper.lr, weight.device)
     alpha, alpha_tensor = _number_or_tensor(hyper.alpha, weight.device)
     _ops.head_step_(
@@ -55,7 +59,13 @@ def head_step_(
         found_inf,
         lr_tensor,
         alpha_tensor,
+        *((None, None) if pending is None else (pending.rows, pending.count)),
+        *((None, None) if factors is None else factors),
     )
+
+
+def fold_(projection: Tensor, pending: Pending) -> None:
+    _ops.fold_(projection, pending.rows, pending.count)
 
 
 def entropy_fusion(logits: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:

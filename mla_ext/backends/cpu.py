@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from .. import _library
-from .compiled import entropy_fusion, feature_mean, head_step_, rls_update_
+from .compiled import entropy_fusion, feature_mean, fold_, head_step_, rls_update_
 
-__all__ = ["entropy_fusion", "feature_mean", "head_step_", "rls_update_", "unusable"]
+__all__ = ["entropy_fusion", "feature_mean", "fold_", "head_step_", "rls_update_", "unusable"]
 
 
 def unusable(device: torch.device) -> str | None:
