@@ -116,6 +116,7 @@ def backward(model, x, y):
 
 
 def assert_same_state(model, optimizer, other_model, other_optimizer):
+    optimizer.settle(), other_optimizer.settle()
     for a, b in zip(model.parameters(), other_model.parameters(), strict=True):
         torch.testing.assert_close(a, b)
         states = [opt.state[p] for opt, p in ((optimizer, a), (other_optimizer, b))]
