@@ -12,14 +12,14 @@ from torch import nn
 
 from benchmarks import baselines
 from benchmarks.evidence import __main__ as command
-from benchmarks.evidence import measures, report, runs
+from benchmarks.evidence import experiments, measures, report, runs
 from benchmarks.evidence.methods import METHODS, MMIN, OGMGE, QMF, FiLM, Setting, Sum, confidence, rank_loss
 from benchmarks.evidence.released import project_as_released
 from benchmarks.evidence.runs import Results, Run, execute
 from mla_ext import ConcatModel, MultimodalData, ProjectedSGD, fit, load_npz
 from mla_ext.model import Step
 
-SETTING = Setting(lr=0.02, own=0.1, seed=0, epochs=2, width=8)
+SETTING = Setting(lr=0.02, weight_decay=1e-4, own=0.1, seed=0, epochs=2, width=8)
 
 
 def write_data(path, modalities=2, samples=60, classes=3):
@@ -237,7 +237,7 @@ def test_the_released_projection_runs_as_written():
 
 
 def test_choosing_never_sees_the_test_split(source, tmp_path):
-    run = Run(source, "mla", 0.02, 0.1, 0, "validation", epochs=2)
+    run = Run(source, "mla", 0.02, 1e-4, 0.1, 0, "validation", epochs=2)
     expected = execute(run)
     assert set(expected) == {"validation", "epoch", "last_validation"}
     with np.load(source) as archive:
@@ -253,7 +253,7 @@ def test_choosing_never_sees_the_test_split(source, tmp_path):
 def test_a_run_is_what_fit_and_evaluate_give(source):
     from mla_ext import evaluate
 
-    run = Run(source, "concat", 0.02, 1e-3, 3, epochs=2)
+    run = Run(source, "concat", 0.02, 1e-3, None, 3, epochs=2)
     found = execute(run)
     data = runs.load(source, 0.0, 0)
     model, history = runs.trained(run, data)
@@ -268,7 +268,7 @@ def test_a_run_is_what_fit_and_evaluate_give(source):
 
 def test_orders_and_fusions(source):
     def outcome(**changes):
-        return execute(Run(source, "alternating", 0.05, 1e-3, 0, epochs=3, **changes))
+        return execute(Run(source, "alternating", 0.05, 1e-3, None, 0, epochs=3, **changes))
 
     given = outcome()
     assert outcome(order="m0,m1") == given
@@ -278,13 +278,33 @@ def test_orders_and_fusions(source):
     assert mean["accuracy"] == mean["fusions"]["joint"] == mean["fusions"]["mean"]
 
 
+def test_every_method_gets_eight_trials_and_the_best_is_chosen(source, tmp_path, monkeypatch):
+    def execute(run):  # best: lr 0.03, weight decay 1e-4, own the first candidate; finer lr 0.03 * 1.7
+        own = 0.0 if run.own is None else METHODS[run.method].candidates.index(run.own)
+        return {"validation": 1 - abs(run.lr - 0.05) - run.weight_decay - 0.01 * own + 1e-6 * run.seed}
+
+    monkeypatch.setattr(runs, "execute", execute)
+    results = Results(tmp_path / "runs.jsonl")
+    evidence = experiments.Evidence([source], results, tmp_path, seeds=2, epochs=1, workers=1)
+    evidence.tune(METHODS)
+    settings = [json.loads(key) for key in results.found]
+    assert {s["split"] for s in settings} == {"validation"} and {s["seed"] for s in settings} == {1000, 1001}
+    for name, method in METHODS.items():
+        trials = {(s["lr"], s["weight_decay"], s["own"]) for s in settings if s["method"] == name}
+        assert len(trials) == 8
+        run = evidence.chosen(source, name)
+        own = None if method.own is None else method.candidates[0]
+        assert (run.lr, run.weight_decay, run.own) == (0.03 if own is not None else 0.051, 1e-4, own)
+        assert (run.seed, run.split) == (0, "test")
+
+
 def test_a_run_that_diverges_says_so(source):
-    assert "nan" in execute(Run(source, "qmf", 1e4, 0.1, 0, epochs=2))["diverged"]
+    assert "nan" in execute(Run(source, "qmf", 1e4, 1e-4, 0.1, 0, epochs=2))["diverged"]
 
 
 def test_results_are_kept_and_a_torn_line_is_done_again(source, tmp_path, monkeypatch):
     path = tmp_path / "new" / "runs.jsonl"
-    wanted = [Run(source, "sum", 0.02, 1e-3, seed, "validation", epochs=1) for seed in range(3)]
+    wanted = [Run(source, "sum", 0.02, 1e-3, None, seed, "validation", epochs=1) for seed in range(3)]
     Results(path).complete(wanted, "test", workers=1)
     lines = path.read_text().splitlines()
     assert len(lines) == 3
@@ -305,7 +325,7 @@ def test_results_are_kept_and_a_torn_line_is_done_again(source, tmp_path, monkey
 
 
 def test_workers_give_the_same_results(source, tmp_path):
-    wanted = [Run(source, "mla", 0.02, 0.1, seed, epochs=1) for seed in range(2)]
+    wanted = [Run(source, "mla", 0.02, 1e-4, 0.1, seed, epochs=1) for seed in range(2)]
     here, there = Results(tmp_path / "a.jsonl"), Results(tmp_path / "b.jsonl")
     here.complete(wanted, "test", workers=1)
     there.complete(wanted, "test", workers=2)

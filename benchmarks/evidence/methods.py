@@ -27,10 +27,11 @@ BATCH_SIZE = 64
 
 @dataclass(frozen=True)
 class Setting:
-    """What one training run is told. `own` is the value of the method's own hyperparameter (`Method.own`)."""
+    """What one training run is told. `own` is the value of the method's own hyperparameter, if it has one."""
 
     lr: float
-    own: float
+    weight_decay: float
+    own: float | None
     seed: int
     epochs: int
     width: int
@@ -38,8 +39,8 @@ class Setting:
     def encoders(self, data: MultimodalData) -> dict[str, nn.Module]:
         return {m: build_encoder("small", data.features[m].shape[1:], self.width) for m in data.modalities}
 
-    def sgd(self, model: nn.Module, weight_decay: float = 1e-4) -> SGD:
-        return SGD(model.parameters(), lr=self.lr, momentum=MOMENTUM, weight_decay=weight_decay)
+    def sgd(self, model: nn.Module) -> SGD:
+        return SGD(model.parameters(), lr=self.lr, momentum=MOMENTUM, weight_decay=self.weight_decay)
 
 
 def per_modality_loss(unimodal: Tensor, present: Tensor, labels: Tensor) -> Tensor:
@@ -289,7 +290,7 @@ def heads_of(data: MultimodalData, width: int, shared: bool = False) -> list[nn.
 
 def build_concat(data: MultimodalData, s: Setting) -> Built:
     model = ConcatModel(s.encoders(data), head_of(data, s.width * len(data.modalities)))
-    return model, s.sgd(model, s.own)
+    return model, s.sgd(model)
 
 
 def build_heads(kind: type[Sum], shared: bool = False) -> Build:
@@ -297,7 +298,7 @@ def build_heads(kind: type[Sum], shared: bool = False) -> Build:
 
     def build(data: MultimodalData, s: Setting) -> Built:
         model = kind(s.encoders(data), heads_of(data, s.width, shared))
-        return model, s.sgd(model, s.own)
+        return model, s.sgd(model)
 
     return build
 
@@ -305,7 +306,7 @@ def build_heads(kind: type[Sum], shared: bool = False) -> Build:
 def build_probed(kind: type[FiLM | BiGated]) -> Build:
     def build(data: MultimodalData, s: Setting) -> Built:
         model = kind(s.encoders(data), s.width, len(data.classes))
-        return model, s.sgd(model, s.own)
+        return model, s.sgd(model)
 
     return build
 
@@ -331,13 +332,13 @@ def build_mmin(data: MultimodalData, s: Setting) -> Built:
 
 def build_alternating(data: MultimodalData, s: Setting) -> Built:
     model = SharedHeadModel(s.encoders(data), head_of(data, s.width))
-    return model, s.sgd(model, s.own)
+    return model, s.sgd(model)
 
 
 def build_mla(data: MultimodalData, s: Setting, **projection: object) -> Built:
     model = SharedHeadModel(s.encoders(data), head_of(data, s.width))
     options = {"alpha": s.own} | projection
-    optimizer = ProjectedSGD(model.parameters(), lr=s.lr, momentum=MOMENTUM, weight_decay=1e-4, **options)
+    optimizer = ProjectedSGD(model.parameters(), lr=s.lr, momentum=MOMENTUM, weight_decay=s.weight_decay, **options)
     optimizer.attach(model.head)
     return model, optimizer
 
@@ -352,7 +353,7 @@ def build_mla_forget(data: MultimodalData, s: Setting) -> Built:
 
 def build_released(data: MultimodalData, s: Setting) -> Built:
     model = SharedHeadModel(s.encoders(data), head_of(data, s.width))
-    optimizer = s.sgd(model, s.own)
+    optimizer = s.sgd(model)
     steps_per_epoch = len(model.steps(data, BATCH_SIZE, "given", torch.Generator()))
     project_as_released(optimizer, model.head, steps_per_epoch)
     return model, optimizer
@@ -360,35 +361,33 @@ def build_released(data: MultimodalData, s: Setting) -> Built:
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the tables. Every method is given the same number of trials: every lr, then every value of `own`."""
+    """A row of the tables."""
 
     title: str
     build: Build
-    own: str  # the hyperparameter that is chosen beside lr
-    candidates: tuple[float, ...]
     unimodal: str  # where its per-modality accuracies come from
+    own: str | None = None  # the hyperparameter that it has beside those of SGD
+    candidates: tuple[float, ...] = ()
 
 
-LRS = (0.003, 0.01, 0.03, 0.1)
-DECAY = ("weight decay", (1e-4, 1e-3, 1e-2))
+HEAD, COLUMNS = "the modality's head", "the modality's columns of the head, plus b/M"
+PROBE, SHARED = "a linear probe of its features", "the shared head"
 ALPHAS = ("alpha", (0.01, 0.1, 1.0))
 
 METHODS = {
-    "sum": Method("Sum", build_heads(Sum), *DECAY, "the modality's head"),
-    "concat": Method("Concat", build_concat, *DECAY, "the modality's columns of the head, plus b/M"),
-    "late": Method("Late fusion", build_heads(LateFusion), *DECAY, "the modality's head"),
-    "film": Method("FiLM", build_probed(FiLM), *DECAY, "a linear probe of its features"),
-    "bigated": Method("BiGated", build_probed(BiGated), *DECAY, "a linear probe of its features"),
-    "ogm-ge": Method("OGM-GE", build_ogm_ge, "alpha", (0.1, 0.4, 0.8), "the modality's columns of the head, plus b/M"),
-    "qmf": Method("QMF", build_qmf, "rank weight", (0.1, 0.3, 1.0), "the modality's head"),
-    "mmin": Method("MMIN", build_mmin, "imagination weight", (1.0, 4.0, 16.0), "the model, all others missing"),
-    "alternating": Method("Alternation alone", build_alternating, *DECAY, "the shared head"),
-    "released": Method("Released code, projection on", build_released, *DECAY, "the shared head"),
-    "mla": Method("MLA", build_mla, *ALPHAS, "the shared head"),
-    "mla-before": Method("MLA, absorb before", build_mla_before, *ALPHAS, "the shared head"),
-    "mla-forget": Method("MLA, forget", build_mla_forget, "forget", (1e-3, 1e-2, 1e-1), "the shared head"),
-    "sum-shared": Method("Sum, one shared head", build_heads(Sum, shared=True), *DECAY, "the shared head"),
-    "late-shared": Method(
-        "Late fusion, one shared head", build_heads(LateFusion, shared=True), *DECAY, "the shared head"
-    ),
+    "sum": Method("Sum", build_heads(Sum), HEAD),
+    "concat": Method("Concat", build_concat, COLUMNS),
+    "late": Method("Late fusion", build_heads(LateFusion), HEAD),
+    "film": Method("FiLM", build_probed(FiLM), PROBE),
+    "bigated": Method("BiGated", build_probed(BiGated), PROBE),
+    "ogm-ge": Method("OGM-GE", build_ogm_ge, COLUMNS, "alpha", (0.1, 0.4, 0.8)),
+    "qmf": Method("QMF", build_qmf, HEAD, "rank weight", (0.1, 0.3, 1.0)),
+    "mmin": Method("MMIN", build_mmin, "the model, all others missing", "imagination weight", (1.0, 4.0, 16.0)),
+    "alternating": Method("Alternation alone", build_alternating, SHARED),
+    "released": Method("Released code, projection on", build_released, SHARED),
+    "mla": Method("MLA", build_mla, SHARED, *ALPHAS),
+    "mla-before": Method("MLA, absorb before", build_mla_before, SHARED, *ALPHAS),
+    "mla-forget": Method("MLA, forget", build_mla_forget, SHARED, "forget", (1e-3, 1e-2, 1e-1)),
+    "sum-shared": Method("Sum, one shared head", build_heads(Sum, shared=True), SHARED),
+    "late-shared": Method("Late fusion, one shared head", build_heads(LateFusion, shared=True), SHARED),
 }

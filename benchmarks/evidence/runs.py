@@ -40,7 +40,8 @@ class Run:
     data: str
     method: str
     lr: float
-    own: float
+    weight_decay: float
+    own: float | None
     seed: int
     split: str = "test"
     missing: float = 0.0
@@ -65,7 +66,7 @@ def trained(run: Run, data: mla_ext.MultimodalData) -> tuple[MultimodalModel, li
     """The model with the weights of its best epoch, and its history; NonFiniteLossError as `fit`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
-        setting = Setting(run.lr, run.own, run.seed, run.epochs, WIDTH)
+        setting = Setting(run.lr, run.weight_decay, run.own, run.seed, run.epochs, WIDTH)
         model, optimizer = METHODS[run.method].build(data, setting)
         if run.fusion == "mean":
             model = MeanFused(dict(model.encoders), model.head)
