@@ -200,12 +200,16 @@ def test_mmin_imagines_from_what_it_sees(source):
 
 def test_mla_rows_differ_in_their_projection_only(source):
     data = load_npz(source).standardized()
-    found = {name: built(name, data)[1] for name in ("mla", "mla-before", "mla-forget")}
+    found = {name: built(name, data)[1] for name in ("mla", "mla-before", "mla-forget", "mla-undecayed")}
     assert all(isinstance(o, ProjectedSGD) for o in found.values())
-    settings = {n: {k: o.param_groups[0][k] for k in ("alpha", "absorb", "forget")} for n, o in found.items()}
+    settings = {n: {k: o.param_groups[1][k] for k in ("alpha", "absorb", "forget")} for n, o in found.items()}
     assert settings["mla"] == {"alpha": 0.1, "absorb": "after", "forget": 0.0}
     assert settings["mla-before"] == settings["mla"] | {"absorb": "before"}
     assert settings["mla-forget"] == settings["mla"] | {"forget": 0.1}
+    assert settings["mla-undecayed"] == settings["mla"]
+    decays = {n: [group["weight_decay"] for group in o.param_groups] for n, o in found.items()}
+    assert decays.pop("mla-undecayed") == [1e-4, 0.0]
+    assert all(decay == [1e-4, 1e-4] for decay in decays.values())
 
 
 def test_the_released_projection_runs_as_written():

@@ -335,10 +335,12 @@ def build_alternating(data: MultimodalData, s: Setting) -> Built:
     return model, s.sgd(model)
 
 
-def build_mla(data: MultimodalData, s: Setting, **projection: object) -> Built:
+def build_mla(data: MultimodalData, s: Setting, head_decay: float | None = None, **projection: object) -> Built:
     model = SharedHeadModel(s.encoders(data), head_of(data, s.width))
-    options = {"alpha": s.own} | projection
-    optimizer = ProjectedSGD(model.parameters(), lr=s.lr, momentum=MOMENTUM, weight_decay=s.weight_decay, **options)
+    head = {"params": model.head.parameters(), "weight_decay": s.weight_decay if head_decay is None else head_decay}
+    options = {"alpha": s.own, "weight_decay": s.weight_decay} | projection
+    groups = [{"params": model.encoders.parameters()}, head]
+    optimizer = ProjectedSGD(groups, lr=s.lr, momentum=MOMENTUM, **options)
     optimizer.attach(model.head)
     return model, optimizer
 
@@ -349,6 +351,11 @@ def build_mla_before(data: MultimodalData, s: Setting) -> Built:
 
 def build_mla_forget(data: MultimodalData, s: Setting) -> Built:
     return build_mla(data, s, alpha=ALPHA, forget=s.own)
+
+
+def build_mla_undecayed(data: MultimodalData, s: Setting) -> Built:
+    """Weight decay comes after the projection: it shrinks what is protected, too, and no G P can restore that."""
+    return build_mla(data, s, head_decay=0.0)
 
 
 def build_released(data: MultimodalData, s: Setting) -> Built:
@@ -387,6 +394,7 @@ METHODS = {
     "released": Method("Released code, projection on", build_released, SHARED),
     "mla": Method("MLA", build_mla, SHARED, *ALPHAS),
     "mla-before": Method("MLA, absorb before", build_mla_before, SHARED, *ALPHAS),
+    "mla-undecayed": Method("MLA, head not decayed", build_mla_undecayed, SHARED, *ALPHAS),
     "mla-forget": Method("MLA, forget", build_mla_forget, SHARED, "forget", (1e-3, 1e-2, 1e-1)),
     "sum-shared": Method("Sum, one shared head", build_heads(Sum, shared=True), SHARED),
     "late-shared": Method("Late fusion, one shared head", build_heads(LateFusion, shared=True), SHARED),
