@@ -83,7 +83,7 @@ def arguments(description: str) -> argparse.Namespace:
 
 
 def write(name: str, about: str, rows: Sequence[Row], baselines: Sequence[str], parsed: argparse.Namespace) -> None:
-    """`name`_<device>.md, .csv, .json and .png; the Markdown is printed too. Other dtypes than float32 are in the name."""
+    """`name`_<device>.md, .csv, .json and .png; the Markdown is printed. Dtypes but float32 are in the name."""
     dtype = str(parsed.dtype).removeprefix("torch.")
     stem = parsed.out / "_".join([name, parsed.device, *([] if dtype == "float32" else [dtype])])
     made = (
