@@ -54,7 +54,7 @@ def main() -> None:
     parsed = arguments(__doc__)
     rows = []
     for N, C, M in QUICK if parsed.quick else GRID:
-        rows.append(measure(N, C, M, parsed.device, parsed.dtype, 2.0 if parsed.quick else 5.0))
+        rows.append(measure(N, C, M, parsed.device, parsed.dtype, parsed.seconds))
         print(rows[-1].title, rows[-1].skipped or "", flush=True)
     about = """Entropy fusion of logits (M, N, C), all modalities present; median (p20–p80) of interleaved calls.
         The floor: the logits read and the results written at the bandwidth of a sum over the logits; the inverse of

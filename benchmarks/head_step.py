@@ -133,11 +133,10 @@ def measure(s: int, C: int, N: int, device: str, dtype: torch.dtype, rate: float
 
 def main() -> None:
     parsed = arguments(__doc__)
-    seconds = 2.0 if parsed.quick else 4.0
     rate = matmul_rate(parsed.device, accumulate_dtype(parsed.dtype))
     rows = []
     for s, C, N in QUICK if parsed.quick else GRID:
-        rows.append(measure(s, C, N, parsed.device, parsed.dtype, rate, seconds))
+        rows.append(measure(s, C, N, parsed.device, parsed.dtype, rate, parsed.seconds))
         print(rows[-1].title, rows[-1].skipped or "", flush=True)
     about = f"""Head step, momentum 0.9, absorb after; median (p20–p80) of interleaved calls, per step of whole cycles.
         The floor: bytes by the model over the bandwidth of a copy of P, or FLOP by the model over the rate of the bare

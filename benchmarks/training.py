@@ -141,10 +141,10 @@ def main() -> None:
         raise SystemExit("--dtype: the loop trains in float32")
     rows = []
     for s, C in QUICK if parsed.quick else GRID:
-        rows.append(measure(s, C, parsed.device, 2.0 if parsed.quick else 5.0))
+        rows.append(measure(s, C, parsed.device, parsed.seconds))
         print(rows[-1].title, rows[-1].skipped or "", flush=True)
-    about = f"""A whole alternating step: data movement, forward, backward, projection, SGD. {len(MODALITIES)} modalities
-        of {WIDTH} features, encoders of two linear layers, batch {BATCH}; median (p20–p80) of interleaved rounds, per
+    about = f"""A whole alternating step: data movement, forward, backward, projection, SGD.
+        {len(MODALITIES)} modalities of {WIDTH} features, encoders of two linear layers, batch {BATCH}; median (p20–p80) of interleaved rounds, per
         step. No step of ours makes the host wait for the device."""
     write("training", about, rows, BASELINES, parsed)
 
