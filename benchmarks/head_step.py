@@ -5,7 +5,8 @@ needs no G starts from its factors, delta (N, C) and features (N, s). One that p
 To add a candidate of ours, add a line to `ours`.
 
 The floor is max(bytes / bandwidth, FLOP / rate): bytes by `traffic`, at the bandwidth of a copy of P; FLOP by `flop`,
-at the rate of the bare product G P or of a square one, whichever is higher. All are measured in the same run.
+at the rate of the bare product G P or of a square one, whichever is higher. All are measured in the same run. The model
+reads and writes P in each step, which a form that puts updates off need not.
 """
 
 from __future__ import annotations
@@ -138,9 +139,10 @@ def main() -> None:
     for s, C, N in QUICK if parsed.quick else GRID:
         rows.append(measure(s, C, N, parsed.device, parsed.dtype, rate, parsed.seconds))
         print(rows[-1].title, rows[-1].skipped or "", flush=True)
-    about = f"""Head step, momentum 0.9, absorb after; median (p20–p80) of interleaved calls, per step of whole cycles.
-        The floor: bytes by the model over the bandwidth of a copy of P, or FLOP by the model over the rate of the bare
-        product G P or of a square one ({rate / 1e9:.0f} GFLOP/s), whichever takes longer."""
+    about = f"""Head step, momentum 0.9, absorb after; median (p20–p80) of interleaved calls, per step of whole cycles:
+        what puts work off pays for it within the time. The floor: bytes by the model over the bandwidth of a copy of P,
+        or FLOP by the model over the rate of the bare product G P or of a square one ({rate / 1e9:.0f} GFLOP/s),
+        whichever takes longer."""
     write("head_step", about, rows, BASELINES if parsed.device == "cuda" else BASELINES[:-1], parsed)
 
 

@@ -144,8 +144,8 @@ def main() -> None:
         rows.append(measure(s, C, parsed.device, parsed.seconds))
         print(rows[-1].title, rows[-1].skipped or "", flush=True)
     about = f"""A whole alternating step: data movement, forward, backward, projection, SGD.
-        {len(MODALITIES)} modalities of {WIDTH} features, encoders of two linear layers, batch {BATCH}; median (p20–p80) of interleaved rounds, per
-        step. No step of ours makes the host wait for the device."""
+        {len(MODALITIES)} modalities of {WIDTH} features, encoders of two linear layers, batch {BATCH};
+        median (p20–p80) of interleaved rounds, per step. No step of ours makes the host wait for the device."""
     write("training", about, rows, BASELINES, parsed)
 
 
