@@ -26,8 +26,12 @@ format: $(VENV)/.installed
 	$(RUN) -m ruff format .
 	$(VENV)/bin/clang-format -i $(NATIVE)
 
+# All tables and plots of speed; BENCH=--quick takes a minute.
+BENCH ?=
 bench: $(VENV)/.installed
-	$(RUN) -m benchmarks.head_step
+	$(RUN) -m benchmarks.head_step $(BENCH)
+	$(RUN) -m benchmarks.fusion $(BENCH)
+	$(RUN) -m benchmarks.training $(BENCH)
 	$(RUN) -m benchmarks.host_time
 
 # All tables and figures of the method on DATA, an hour on two cores with the four datasets of the README:

@@ -1,40 +1,59 @@
-"""One head step in plain PyTorch, as the baselines of the speed tables: SGD with momentum, absorb after.
-
-`state` holds weight, grad, momentum_buffer (C, s), projection (s, s) and feature_mean (s,), all on one device.
-"""
+"""The method in plain PyTorch, as the baselines of the speed tables: SGD with momentum, absorb after."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from mla_ext.reference import accumulate_dtype
 
 LR, MOMENTUM, ALPHA = 1e-3, 0.9, 0.1
 
 
 @dataclass
 class State:
-    weight: Tensor
-    grad: Tensor
-    momentum_buffer: Tensor
-    projection: Tensor
-    feature_mean: Tensor
+    """Of one head, all on one device; the gradient is delta.T @ features, and feature_mean that of features."""
+
+    weight: Tensor  # (C, s)
+    grad: Tensor  # (C, s), in the dtype of weight
+    momentum_buffer: Tensor  # (C, s), in the accumulate dtype, as all that follow but features and delta
+    projection: Tensor  # (s, s)
+    feature_mean: Tensor  # (s,)
     step: Tensor
+    features: Tensor  # (N, s), in the dtype of weight
+    delta: Tensor  # (N, C), in the dtype of weight
 
     def clone(self) -> State:
-        return State(**{name: value.clone() for name, value in vars(self).items()})
+        """Another head at the same point; what no step changes is shared."""
+        changed = ("weight", "momentum_buffer", "projection", "step")
+        return State(**{name: value.clone() if name in changed else value for name, value in vars(self).items()})
+
+    def copy_(self, other: State) -> None:
+        for name, value in vars(self).items():
+            value.copy_(getattr(other, name))
 
 
-def make_state(C: int, s: int, device: str, dtype: torch.dtype = torch.float32) -> State:
+def make_state(C: int, s: int, device: str, dtype: torch.dtype = torch.float32, N: int = 64) -> State:
     generator = torch.Generator().manual_seed(0)
 
     def rand(*shape: int) -> Tensor:
-        return torch.rand(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
+        return torch.rand(*shape, generator=generator).to(device, dtype)
 
-    buffer = torch.zeros(C, s, dtype=dtype, device=device)
-    P = torch.eye(s, dtype=dtype, device=device)
-    return State(rand(C, s), rand(C, s) - 0.5, buffer, P, rand(s), torch.zeros((), device=device))
+    features, delta = rand(N, s), (rand(N, C) - 0.5) / N
+    accumulate = {"dtype": accumulate_dtype(dtype), "device": device}
+    return State(
+        weight=rand(C, s),
+        grad=delta.T @ features,
+        momentum_buffer=torch.zeros(C, s, **accumulate),
+        projection=torch.eye(s, **accumulate),
+        feature_mean=features.to(accumulate["dtype"]).mean(0),
+        step=torch.zeros((), device=device),
+        features=features,
+        delta=delta,
+    )
 
 
 def released_update(P: Tensor, feature_mean: Tensor, alpha: float) -> Tensor:
@@ -48,16 +67,63 @@ def released_update(P: Tensor, feature_mean: Tensor, alpha: float) -> Tensor:
 def released(state: State) -> None:
     """The operations of the released code one by one. Its numbers are its own: see `released_update`."""
     state.projection = released_update(state.projection, state.feature_mean, ALPHA)
-    grad = state.grad @ state.projection.t()
+    grad = state.grad.to(state.projection.dtype) @ state.projection.t()
     state.momentum_buffer.mul_(MOMENTUM).add_(grad)
     state.weight.add_(state.momentum_buffer, alpha=-LR)
 
 
-def best(state: State) -> None:
-    """The best plain PyTorch for the same mathematics as ours: one product for G P and k, one rank-1 update."""
-    Z = torch.cat([state.grad, state.feature_mean.unsqueeze(0)]) @ state.projection
+def project_and_absorb(grad: Tensor, feature_mean: Tensor, P: Tensor) -> Tensor:
+    """The projected gradient (C, s); P (s, s) absorbs feature_mean (s,). One product, one rank-1 update."""
+    Z = torch.cat([grad.to(P.dtype), feature_mean.unsqueeze(0)]) @ P
     k = Z[-1]
-    d = ALPHA + torch.dot(state.feature_mean, k)
-    state.projection.addr_(k / d, k, alpha=-1)
-    state.momentum_buffer.mul_(MOMENTUM).add_(Z[:-1])
+    d = ALPHA + torch.dot(feature_mean, k)
+    P.addr_(k / d, k, alpha=-1)
+    return Z[:-1]
+
+
+def best(state: State) -> None:
+    """The best plain PyTorch for the same mathematics as ours."""
+    projected = project_and_absorb(state.grad, state.feature_mean, state.projection)
+    state.momentum_buffer.mul_(MOMENTUM).add_(projected)
     state.weight.add_(state.momentum_buffer, alpha=-LR)
+
+
+def best_fusion(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The fastest eager PyTorch we know for the entropy fusion of logits (M, N, C), none missing or infinite."""
+    f = logits.to(accumulate_dtype(logits.dtype))
+    log_p = f.log_softmax(-1)
+    entropy = -log_p.exp().mul_(log_p).sum(-1)
+    weights = (-entropy).softmax(0)
+    fused = weights[0].unsqueeze(-1) * f[0]
+    for weight, rows in zip(weights[1:], f[1:], strict=True):
+        fused.addcmul_(weight.unsqueeze(-1), rows)
+    return fused.to(logits.dtype), weights
+
+
+class PlainProjection:
+    """What projects a head's gradient in plain PyTorch, to be called between backward() and the step of an SGD."""
+
+    def __init__(self, head: nn.Linear) -> None:
+        self.weight = head.weight
+        self.P = torch.eye(head.in_features, device=head.weight.device)
+        head.register_forward_pre_hook(self._record)
+
+    def _record(self, head: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self.feature_mean = args[0].detach().mean(0)
+
+    def __call__(self) -> None:
+        self.weight.grad = project_and_absorb(self.weight.grad, self.feature_mean, self.P)
+
+
+def graphed(call: Callable[[], object]) -> Callable[[], None]:
+    """Replays a CUDA graph of the call, which must change its tensors in place. Capturing calls it four times."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay

@@ -33,9 +33,9 @@ stage() {
 
 parallel=$("$PYTHON" -c 'import xdist' 2>/dev/null && echo "-n 8")
 [ -x /usr/local/cuda/bin/nvcc ] && export CUDA_HOME=${CUDA_HOME:-/usr/local/cuda}
-stage build 120 env TORCH_CUDA_ARCH_LIST="$capability" MLA_EXT_CUDA=on \
+stage build 110 env TORCH_CUDA_ARCH_LIST="$capability" MLA_EXT_CUDA=on \
   "$PYTHON" -m pip install --no-build-isolation --no-deps --no-index -e .
-stage info 30 "$PYTHON" -m mla_ext info
+stage info 20 "$PYTHON" -m mla_ext info
 # shellcheck disable=SC2086
 stage tests 120 "$PYTHON" -m pytest -q $parallel --ignore tests/test_packaging.py --ignore tests/test_cuda_compile.py \
   --ignore tests/test_cuda_emulation.py
@@ -45,7 +45,9 @@ for tool in memcheck racecheck; do
       "$PYTHON" -m pytest -q -x tests/test_ops.py -k "cuda-cuda and 33 and float32 and (momentum or before)"
   fi
 done
-stage head_step 70 "$PYTHON" -m benchmarks.head_step --quick --device cuda --out "$OUT"
-stage host_time 20 "$PYTHON" -m benchmarks.host_time --out "$OUT"
+stage head_step 60 "$PYTHON" -m benchmarks.head_step --quick --device cuda --out "$OUT"
+stage fusion 35 "$PYTHON" -m benchmarks.fusion --quick --device cuda --out "$OUT"
+stage training 25 "$PYTHON" -m benchmarks.training --quick --device cuda --out "$OUT"
+stage host_time 15 "$PYTHON" -m benchmarks.host_time --out "$OUT"
 cat "$summary"
 exit $failed

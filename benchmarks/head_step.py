@@ -1,30 +1,41 @@
 """The time of one head step: ours against plain PyTorch. `python -m benchmarks.head_step [--quick]`, or `make bench`.
 
-Writes a Markdown table and a CSV file to benchmarks/results/ and prints the table.
+A step starts from the gradient G (C, s) and the feature mean, as backward() and the hook leave them; a candidate that
+needs no G starts from its factors, delta (N, C) and features (N, s). One that puts work off is timed in whole cycles.
+To add a candidate of ours, add a line to `ours`.
+
+The floor is max(bytes / bandwidth, FLOP / rate): bytes by `traffic`, at the bandwidth of a copy of P; FLOP by `flop`,
+at the rate of the bare product G P or of a square one, whichever is higher. All are measured in the same run. The model
+reads and writes P in each step, which a form that puts updates off need not.
 """
 
 from __future__ import annotations
 
-import argparse
-import csv
-import datetime
-from pathlib import Path
+import functools
+import math
+from collections.abc import Callable
 
 import torch
 
-import mla_ext
 from mla_ext import backends, ops
-from mla_ext.reference import Hyperparameters
+from mla_ext.reference import Hyperparameters, accumulate_dtype
 
-from .baselines import ALPHA, LR, MOMENTUM, State, best, make_state, released
-from .timing import machine, time_interleaved
+from .baselines import ALPHA, LR, MOMENTUM, State, best, graphed, make_state, released
+from .report import OURS, Floor, Row, arguments, write
+from .timing import ROUNDS, Candidate, available_memory, matmul_rate, peak_memory, time_interleaved
 
-SIZES = [(s, C) for C in (6, 101) for s in (128, 512, 768, 1024, 2048, 4096)]
-QUICK = [(512, 6), (2048, 6), (768, 101)]
+# N matters where it is below C: only then are the factors of G smaller than G.
+GRID = [
+    (s, C, N) for C, N in ((6, 64), (101, 64), (1000, 64), (1000, 512)) for s in (128, 512, 768, 1024, 2048, 4096, 8192)
+]
+QUICK = [(512, 6, 64), (2048, 6, 64), (768, 101, 64)]
+BASELINES = ["released", "best", "compiled", "graphed"]
 HYPER = Hyperparameters(lr=LR, momentum=MOMENTUM, alpha=ALPHA)
+Step = Callable[[State], object]
 
 
-def ours(state: State, backend: str) -> None:
+def step_with(state: State, backend: str) -> None:
+    """One step of ours by the op."""
     ops.head_step_(
         state.weight,
         state.grad,
@@ -37,66 +48,102 @@ def ours(state: State, backend: str) -> None:
     )
 
 
-def check(states: dict[str, State]) -> None:
-    """All that compute the same thing must agree before anything is timed."""
+def ours(device: str) -> dict[str, tuple[Step, int]]:
+    """name -> (what changes a state in place by a whole cycle and leaves P dense, the number of steps of a cycle)."""
+    usable = [name for name in backends.usable(torch.device(device)) if name != "reference"]
+    return {f"{OURS} {name}": (functools.partial(step_with, backend=name), 1) for name in usable}
+
+
+def traffic(s: int, C: int, dtype: torch.dtype, accumulate: torch.dtype) -> int:
+    """Bytes that one step must move: P, the momentum buffer and W read and written, G and the feature mean read."""
+    return accumulate.itemsize * (2 * s * s + 2 * C * s + s) + dtype.itemsize * 3 * C * s
+
+
+def flop(s: int, C: int, N: int) -> int:
+    """Additions and multiplications that one step must do: G P, or delta.T (X P) if less; P h and P - u u.T."""
+    return min(2 * C * s * s, 2 * N * s * s + 2 * C * N * s) + 4 * s * s
+
+
+def prepare(start: State, device: str) -> tuple[dict[str, State], dict[str, Candidate]]:
+    """The candidates, and the state that each of them changes."""
+    torch._dynamo.reset()  # compiled anew for each size; else the ninth size would not be compiled at all
+    compiled = torch.compile(best, dynamic=False)
+    steps = {"released": (released, 1), "best": (best, 1), "compiled": (compiled, 1), **ours(device)}
+    states = {name: start.clone() for name in steps}
+    candidates = {name: Candidate(functools.partial(f, states[name]), n) for name, (f, n) in steps.items()}
+    if device == "cuda":
+        for name, source in [("graphed", "best"), *((f"{own} graphed", own) for own in ours(device))]:
+            f, n = steps[source]
+            states[name] = start.clone()
+            candidates[name] = Candidate(graphed(functools.partial(f, states[name])), n)
+            states[name].copy_(start)  # as it was before the warm-up of the graph
+    return states, candidates
+
+
+def check(states: dict[str, State], candidates: dict[str, Candidate]) -> None:
+    """After equally many steps all that compute the same thing must agree, before anything is timed."""
+    steps = math.lcm(*(candidate.steps for candidate in candidates.values()))
+    for candidate in candidates.values():
+        for _ in range(steps // candidate.steps):
+            candidate.call()
+    close = {"rtol": 1e-3, "atol": 1e-4} if states["best"].weight.itemsize > 2 else {"rtol": 2e-2, "atol": 1e-3}
     for name, state in states.items():
         if name != "released":
             torch.testing.assert_close(state.projection, states["best"].projection, rtol=1e-3, atol=1e-4, msg=name)
-            torch.testing.assert_close(state.weight, states["best"].weight, rtol=1e-3, atol=1e-4, msg=name)
+            torch.testing.assert_close(state.weight, states["best"].weight, **close, msg=name)
 
 
-def measure(s: int, C: int, device: str, seconds: float) -> dict[str, object]:
-    compiled_best = torch.compile(best)
-    start = make_state(C, s, device)
-    usable = [name for name in backends.usable(torch.device(device)) if name != "reference"]
-    steps = {"released": released, "best": best, "compiled": compiled_best}
-    steps |= {f"mla_ext {name}": lambda state, name=name: ours(state, name) for name in usable}
-    states = {name: start.clone() for name in steps}
-    copy = torch.empty_like(start.projection)
-    for _ in range(3):
-        for name, step in steps.items():
-            step(states[name])
-    check(states)
-    candidates = {name: lambda step=step, name=name: step(states[name]) for name, step in steps.items()}
-    # The floor: P read once and written once, at the speed of a plain copy.
-    candidates["copy of P"] = lambda: copy.copy_(start.projection)
-    timings = time_interleaved(candidates, seconds, device)
-    mine = min((timings[f"mla_ext {name}"].median for name in usable), default=float("nan"))
-    row: dict[str, object] = {"s": s, "C": C}
-    for name, timing in timings.items():
-        row[f"{name} ms"] = f"{timing.median:.4g} ({timing.p20:.4g}–{timing.p80:.4g})"
-    for name in ("released", "best", "compiled"):
-        row[f"÷ {name}"] = f"{timings[name].median / mine:.2f}"
-    row["ours ÷ floor"] = f"{mine / timings['copy of P'].median:.2f}"
+def hindrance(s: int, C: int, candidates: int, size: int, rate: float, seconds: float, device: str) -> str | None:
+    """Why a row cannot be measured, if it cannot: `size` bytes an element of P, `rate` in FLOP/s."""
+    needed, available = (candidates + 4) * size * s * s, available_memory(device)
+    if needed > 0.8 * available:
+        return f"needs {needed / 1e9:.0f} GB, {available / 1e9:.0f} GB are free"
+    predicted = (ROUNDS + 2) * candidates * (2 * C * s * s + 60 * s * s) / rate
+    if predicted > 5 * seconds:
+        return f"would take {predicted:.0f} s, its budget is {5 * seconds:g} s"
+    return None
+
+
+def measure(s: int, C: int, N: int, device: str, dtype: torch.dtype, rate: float, seconds: float) -> Row:
+    row = Row({"s": s, "C": C, "N": N})
+    accumulate = accumulate_dtype(dtype)
+    size = accumulate.itemsize
+    reason = hindrance(s, C, len(BASELINES) + len(ours(device)), size, rate, seconds, device)
+    if reason is not None:
+        row.skipped["all"] = reason
+        return row
+    start = make_state(C, s, device, dtype, N)
+    states, candidates = prepare(start, device)
+    check(states, candidates)
+    copy, grad = torch.empty_like(start.projection), start.grad.to(accumulate)
+    product = torch.empty_like(grad)
+    bare = {
+        "copy of P": Candidate(lambda: copy.copy_(start.projection)),
+        "bare G P": Candidate(lambda: torch.mm(grad, start.projection, out=product)),
+    }
+    row.timings, row.skipped = time_interleaved(candidates | bare, seconds, device)
+    if bare.keys() <= row.timings.keys():
+        bandwidth = 2 * size * s * s / (row.timings["copy of P"].median * 1e-3)
+        rate = max(rate, 2 * C * s * s / (row.timings["bare G P"].median * 1e-3))
+        row.floor = Floor(traffic(s, C, dtype, accumulate), flop(s, C, N), bandwidth, rate)
+    for name, state in states.items():
+        own = sum(tensor.nbytes for tensor in vars(state).values())
+        row.memory[name] = own + peak_memory(candidates[name].call, device)
     return row
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="three sizes, a minute in all")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    arguments = parser.parse_args()
+    parsed = arguments(__doc__)
+    rate = matmul_rate(parsed.device, accumulate_dtype(parsed.dtype))
     rows = []
-    for s, C in QUICK if arguments.quick else SIZES:
-        rows.append(measure(s, C, arguments.device, 3 if arguments.quick else 6))
-        print(rows[-1], flush=True)
-    header = (
-        "Head step, float32, momentum 0.9, absorb after; ms: median (p20–p80), interleaved. "
-        f"{machine(arguments.device)}, mla_ext {mla_ext.__version__}, "
-        f"kernels {mla_ext.build_info()['cpu_isa']}, {datetime.date.today()}."
-    )
-    columns = list(rows[0])
-    lines = [header, "", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    lines += ["| " + " | ".join(str(row[column]) for column in columns) + " |" for row in rows]
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    stem = arguments.out / f"head_step_{arguments.device}"
-    stem.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    with stem.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-    print("\n".join(lines))
+    for s, C, N in QUICK if parsed.quick else GRID:
+        rows.append(measure(s, C, N, parsed.device, parsed.dtype, rate, parsed.seconds))
+        print(rows[-1].title, rows[-1].skipped or "", flush=True)
+    about = f"""Head step, momentum 0.9, absorb after; median (p20–p80) of interleaved calls, per step of whole cycles:
+        what puts work off pays for it within the time. The floor: bytes by the model over the bandwidth of a copy of P,
+        or FLOP by the model over the rate of the bare product G P or of a square one ({rate / 1e9:.0f} GFLOP/s),
+        whichever takes longer."""
+    write("head_step", about, rows, BASELINES if parsed.device == "cuda" else BASELINES[:-1], parsed)
 
 
 if __name__ == "__main__":

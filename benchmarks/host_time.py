@@ -18,7 +18,7 @@ import torch
 from mla_ext import ProjectedSGD, backends
 
 from .baselines import best, make_state
-from .head_step import ours
+from .head_step import step_with
 from .timing import machine
 
 
@@ -65,7 +65,7 @@ def main() -> None:
     for name in backends.BACKENDS:
         if name in usable:
             state = make_state(2, 8, device)
-            op = microseconds(lambda state=state, name=name: ours(state, name), device)
+            op = microseconds(lambda state=state, name=name: step_with(state, name), device)
             lines.append(f"| {name} | {op:.0f} | {microseconds(optimizer_step(name, device), device):.0f} |")
         elif device == "cpu" or name != "cpu":
             lines.append(f"| {name} | not measured yet | not measured yet |")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import statistics
 import time
@@ -9,52 +10,113 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch.profiler import ProfilerActivity, profile
+
+ROUNDS = 7  # at least, after one that does not count
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """`call` makes `steps` steps: a whole cycle, so that what a step puts off is paid within the call."""
+
+    call: Callable[[], object]
+    steps: int = 1
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds per call: the median and the 20th and 80th percentile."""
+    """Milliseconds per step: the median and the 20th and 80th percentile."""
 
     median: float
     p20: float
     p80: float
 
 
-def time_interleaved(candidates: Mapping[str, Callable[[], None]], seconds: float, device: str) -> dict[str, Timing]:
-    """Time the candidates in turns for about `seconds` in all, at least 7 rounds after 2 that do not count."""
-    samples: dict[str, list[float]] = {name: [] for name in candidates}
-    end, rounds = 0.0, 0
-    while rounds < 9 or time.perf_counter() < end:
-        for name, call in candidates.items():
-            samples[name].append(_time_once(call, device))
+def time_interleaved(
+    candidates: Mapping[str, Candidate], seconds: float, device: str
+) -> tuple[dict[str, Timing], dict[str, str]]:
+    """Time the candidates, which are warm, in turns for about `seconds` in all, at least ROUNDS rounds.
+
+    A candidate so slow that its ROUNDS calls would take longer than that is left out: its name, with the reason, is
+    in the second dictionary.
+    """
+    skipped = {}
+    for name, candidate in candidates.items():
+        for _ in range(2):  # twice, lest a disturbance decide
+            call = _time_once(candidate, device) * candidate.steps / 1e3
+            if call * ROUNDS <= seconds:
+                break
+        else:
+            skipped[name] = f"a call takes {call:.2g} s, and {ROUNDS} were to fit in {seconds:g} s"
+    samples: dict[str, list[float]] = {name: [] for name in candidates if name not in skipped}
+    end, rounds = time.perf_counter() + seconds, 0
+    while rounds < ROUNDS or time.perf_counter() < end:
+        for name, values in samples.items():
+            values.append(_time_once(candidates[name], device))
         rounds += 1
-        if rounds == 2:
-            end = time.perf_counter() + seconds
-    result = {}
-    for name, values in samples.items():
-        p20, *_, p80 = statistics.quantiles(values[2:], n=5)
-        result[name] = Timing(statistics.median(values[2:]), p20, p80)
-    return result
+    return {name: _summary(values) for name, values in samples.items()}, skipped
 
 
-def _time_once(call: Callable[[], None], device: str) -> float:
+def _summary(values: list[float]) -> Timing:
+    p20, *_, p80 = statistics.quantiles(values, n=5)
+    return Timing(statistics.median(values), p20, p80)
+
+
+def _time_once(candidate: Candidate, device: str) -> float:
     if device == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize()
         start.record()
-        call()
+        candidate.call()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end)
-    start = time.perf_counter()
-    call()
-    return (time.perf_counter() - start) * 1e3
+        return start.elapsed_time(end) / candidate.steps
+    begin = time.perf_counter()
+    candidate.call()
+    return (time.perf_counter() - begin) * 1e3 / candidate.steps
+
+
+def peak_memory(call: Callable[[], object], device: str) -> int:
+    """The most bytes that a warm call holds at once beyond what was there before it."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        call()
+    held = peak = 0
+    for event in profiled.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+def available_memory(device: str) -> int:
+    """Bytes that can be had now."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def matmul_rate(device: str, dtype: torch.dtype, n: int = 1024) -> float:
+    """FLOP per second of a square product, in the precision that the user's setting gives."""
+    a = torch.rand(n, n, dtype=dtype, device=device)
+    out = a @ a
+    timings, _ = time_interleaved({"product": Candidate(lambda: torch.mm(a, a, out=out))}, 3, device)
+    return 2 * n**3 / (timings["product"].p20 * 1e-3)
 
 
 def machine(device: str) -> str:
     """One line on what was measured, for the head of a table."""
     name = torch.cuda.get_device_name() if device == "cuda" else _cpu_name()
-    return f"{name}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}, Python {platform.python_version()}"
+    threads, load = torch.get_num_threads(), os.getloadavg()[0]
+    return (
+        f"{name}, {threads} threads, load {load:.1f}, PyTorch {torch.__version__}, Python {platform.python_version()}"
+    )
 
 
 def _cpu_name() -> str:

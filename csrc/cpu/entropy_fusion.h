@@ -10,26 +10,55 @@
 
 namespace mla_ext::cpu::MLA_EXT_ISA {
 
-// -sum_c p log p of p = softmax(x): with y = x - max, log(sum e^y) - sum(y e^y) / sum(e^y).
-template <class A>
-A entropy(const A* x, int64_t C) {
-  A largest = x[0];
-  for (int64_t c = 1; c < C; ++c) largest = x[c] > largest ? x[c] : largest;
-  Vec<A> sums = {}, moments = {};
-  const auto add = [&](Vec<A> y) {
-    const Vec<A> e = exp_nonpositive<A>(y);
-    sums += e;
-    moments += e * (y < Simd<A>::kLowest ? broadcast<A>(Simd<A>::kLowest) : y);  // 0 * -inf would be NaN
-  };
+// Calls f with all vectors of x (C); the last is filled up with -inf.
+template <class A, class F>
+void for_vectors(const A* x, int64_t C, const F& f) {
   int64_t c = 0;
-  for (; c + kLanes<A> <= C; c += kLanes<A>) add(load(x + c) - largest);
-  if (c < C) {
-    Vec<A> y = broadcast<A>(-INFINITY);
-    for (int lane = 0; lane < C - c; ++lane) y[lane] = x[c + lane] - largest;
-    add(y);
-  }
+  for (; c + kLanes<A> <= C; c += kLanes<A>) f(load(x + c), c);
+  if (c == C) return;
+  A rest[kLanes<A>];
+  for (int lane = 0; lane < kLanes<A>; ++lane) rest[lane] = c + lane < C ? x[c + lane] : -INFINITY;
+  f(load(rest), c);
+}
+
+// -sum_c p log p of p = softmax(x): with y = x - max, log(sum e^y) - sum(y e^y) / sum(e^y). `next` is read soon.
+template <class A, class T>
+A entropy(const A* x, int64_t C, const T* next) {
+  Vec<A> largest = broadcast<A>(-INFINITY);
+  for_vectors(x, C, [&](Vec<A> v, int64_t) { largest = v > largest ? v : largest; });
+  const A top = max<A>(largest);
+  Vec<A> sums = {}, moments = {};
+  for_vectors(x, C, [&](Vec<A> v, int64_t c) {
+    __builtin_prefetch(next + c);
+    const Vec<A> y = v - top;
+    const Vec<A> clamped = Simd<A>::kLowest > y ? broadcast<A>(Simd<A>::kLowest) : y;  // 0 * -inf would be NaN
+    const Vec<A> e = exp_nonpositive<A>(clamped);
+    sums += e;
+    moments += e * clamped;
+  });
   const A total = sum<A>(sums);
   return std::log(total) - sum<A>(moments) / total;
+}
+
+// out = sum_j weights[j] rows[j], all of length C.
+template <class A>
+void weighted_sum(const A* const* rows, const A* weights, int64_t count, int64_t C, A* out) {
+  constexpr int kVectors = 4;
+  int64_t c = 0;
+  for (; c + kVectors * kLanes<A> <= C; c += kVectors * kLanes<A>) {
+    Vec<A> v[kVectors] = {};
+    for (int64_t j = 0; j < count; ++j) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kVectors; ++i) v[i] += weights[j] * load(rows[j] + c + i * kLanes<A>);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) store(out + c + i * kLanes<A>, v[i]);
+  }
+  for (; c < C; ++c) {
+    A x = 0;
+    for (int64_t j = 0; j < count; ++j) x += weights[j] * rows[j][c];
+    out[c] = x;
+  }
 }
 
 template <class T>
@@ -45,35 +74,31 @@ void entropy_fusion(const EntropyFusion& fusion, ParallelFor parallel_for) {
   parallel(parallel_for, N, kLogitsPerTask / (M * C), [&](int64_t begin, int64_t end) {
     Scratch<A> widened(kWiden ? M * C : 0), lambda(M), sums(kWiden ? C : 0);
     Scratch<const A*> f(M);
+    const auto is_present = [&](int64_t m, int64_t n) {
+      return fusion.present == nullptr || fusion.present[m * N + n];
+    };
     for (int64_t n = begin; n < end; ++n) {
-      // lambda_m = e^(lowest entropy - entropy_m) / sum over the modalities that are present
+      // lambda_m = e^(lowest entropy - entropy_m) / sum, over the modalities that are present
+      int64_t count = 0;
       A lowest = INFINITY;
       for (int64_t m = 0; m < M; ++m) {
-        f[m] = nullptr;
-        if (fusion.present != nullptr && !fusion.present[m * N + n]) continue;
+        if (!is_present(m, n)) continue;
         const T* x = logits + (m * N + n) * C;
         if constexpr (kWiden) {
-          widen(x, widened.get() + m * C, C);
-          f[m] = widened.get() + m * C;
+          f[count] = widened.get() + count * C;
+          widen(x, widened.get() + count * C, C);
         } else {
-          f[m] = x;
+          f[count] = x;
         }
-        lambda[m] = entropy(f[m], C);
-        lowest = lambda[m] < lowest ? lambda[m] : lowest;
+        lambda[count] = entropy(f[count], C, x + C);
+        lowest = lambda[count] < lowest ? lambda[count] : lowest;
+        ++count;
       }
       A total = 0;
-      for (int64_t m = 0; m < M; ++m) {
-        lambda[m] = f[m] == nullptr ? A(0) : std::exp(lowest - lambda[m]);
-        total += lambda[m];
-      }
+      for (int64_t j = 0; j < count; ++j) total += lambda[j] = std::exp(lowest - lambda[j]);
+      for (int64_t m = 0, j = 0; m < M; ++m) weights[m * N + n] = is_present(m, n) ? lambda[j++] /= total : A(0);
       A* out = kWiden ? sums.get() : reinterpret_cast<A*>(fused + n * C);
-      for (int64_t c = 0; c < C; ++c) out[c] = 0;
-      for (int64_t m = 0; m < M; ++m) {
-        const A weight = total == 0 ? A(0) : lambda[m] / total;
-        weights[m * N + n] = weight;
-        if (f[m] == nullptr) continue;
-        for (int64_t c = 0; c < C; ++c) out[c] += weight * f[m][c];
-      }
+      weighted_sum(f.get(), lambda.get(), count, C, out);
       if constexpr (kWiden) {
         for (int64_t c = 0; c < C; ++c) narrow(out[c], fused[n * C + c]);
       }

@@ -20,15 +20,15 @@ template <>
 struct Simd<float> {
   typedef float V __attribute__((vector_size(kVectorBytes)));
   typedef int32_t I __attribute__((vector_size(kVectorBytes)));
-  static constexpr int kMantissa = 23, kBias = 127, kDegree = 7;
-  static constexpr float kLowest = -87.0f;  // exp of less is no normal number
+  static constexpr int kMantissa = 23, kDegree = 7;
+  static constexpr float kLowest = -86.0f;  // less adds nothing to a sum with e^0
 };
 template <>
 struct Simd<double> {
   typedef double V __attribute__((vector_size(kVectorBytes)));
   typedef int64_t I __attribute__((vector_size(kVectorBytes)));
-  static constexpr int kMantissa = 52, kBias = 1023, kDegree = 13;
-  static constexpr double kLowest = -708.0;
+  static constexpr int kMantissa = 52, kDegree = 13;
+  static constexpr double kLowest = -707.0;
 };
 
 template <class A>
@@ -68,27 +68,41 @@ inline A sum(Vec<A> v) {
   return total;
 }
 
-// e^x for x <= 0, 0 for far below; NaN stays NaN. x = n ln 2 + r, and e^r by its Taylor polynomial on |r| <= ln 2 / 2.
+template <class A>
+inline A max(Vec<A> v) {
+  A largest = v[0];
+  for (int lane = 1; lane < kLanes<A>; ++lane) largest = v[lane] > largest ? v[lane] : largest;
+  return largest;
+}
+
+template <class A>
+constexpr A factorial(int n) {
+  return n < 2 ? A(1) : n * factorial<A>(n - 1);
+}
+
+// e^x for kLowest <= x <= 0. x = n ln 2 + r, and e^r by its Taylor polynomial on |r| <= ln 2 / 2, odd and even powers
+// apart, to be ready sooner. The rounding of n ln 2 costs a relative error of |x| epsilon, as much as that of x does.
 template <class A>
 inline Vec<A> exp_nonpositive(Vec<A> x) {
   using S = Simd<A>;
   constexpr A round = A(3) * A(int64_t(1) << (S::kMantissa - 1));  // adding it leaves n in the low bits
-  // ln 2 in two parts, the first with so few bits that n times it is exact
-  constexpr A ln2_high = sizeof(A) == 4 ? A(0x1.63p-1) : A(0x1.62e42feep-1);
-  constexpr A ln2_low = sizeof(A) == 4 ? A(-0x1.bd0105c610ca8p-13) : A(0x1.a39ef35793c76p-33);
-  const Vec<A> clamped = x < S::kLowest ? broadcast<A>(S::kLowest) : x;
-  const Vec<A> shifted = clamped * A(1.4426950408889634) + round;
-  const Vec<A> n = shifted - round;
-  const Vec<A> r = (clamped - n * ln2_high) - n * ln2_low;
-  Vec<A> p = broadcast<A>(1);
-#pragma GCC unroll 16
-  for (int i = S::kDegree; i > 0; --i) p = p * (r * (A(1) / A(i))) + A(1);
-  typename S::I exponent;
-  std::memcpy(&exponent, &shifted, sizeof exponent);
-  exponent = (exponent + S::kBias) << S::kMantissa;
-  Vec<A> power;
-  std::memcpy(&power, &exponent, sizeof power);
-  return x < S::kLowest ? Vec<A>{} : p * power;
+  const Vec<A> shifted = x * A(1.4426950408889634) + round;
+  const Vec<A> r = x - (shifted - round) * A(0.6931471805599453);
+  const Vec<A> r2 = r * r;
+  Vec<A> odd = broadcast<A>(1 / factorial<A>(S::kDegree)), even = broadcast<A>(1 / factorial<A>(S::kDegree - 1));
+#pragma GCC unroll 8
+  for (int i = S::kDegree - 2; i > 0; i -= 2) {
+    odd = odd * r2 + 1 / factorial<A>(i);
+    even = even * r2 + 1 / factorial<A>(i - 1);
+  }
+  const Vec<A> p = odd * r + even;
+  typename S::I n, bits;
+  std::memcpy(&n, &shifted, sizeof n);
+  std::memcpy(&bits, &p, sizeof bits);
+  bits += n << S::kMantissa;  // times 2^n
+  Vec<A> result;
+  std::memcpy(&result, &bits, sizeof result);
+  return result;
 }
 
 }  // namespace mla_ext::cpu::MLA_EXT_ISA

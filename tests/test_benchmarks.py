@@ -1,0 +1,99 @@
+"""The speed benchmarks: what they count is right, and they see what they are there to see."""
+
+import json
+import time
+from argparse import Namespace
+
+import pytest
+import torch
+
+from benchmarks import baselines, head_step, report, timing, training
+from mla_ext import reference
+
+
+def test_a_cycle_is_divided_by_its_steps():
+    candidates = {steps: timing.Candidate(lambda: time.sleep(0.02), steps) for steps in (1, 4)}
+    timings, skipped = timing.time_interleaved(candidates, 0.2, "cpu")
+    assert not skipped
+    assert timings[1].median / timings[4].median == pytest.approx(4, rel=0.3)
+    assert timings[1].p20 <= timings[1].median <= timings[1].p80
+
+
+def test_what_is_too_slow_is_named_with_the_reason():
+    candidates = {"slow": timing.Candidate(lambda: time.sleep(0.05)), "quick": timing.Candidate(lambda: None)}
+    timings, skipped = timing.time_interleaved(candidates, 0.1, "cpu")
+    assert list(timings) == ["quick"]
+    assert "a call takes 0.05" in skipped["slow"]
+    assert "free" in head_step.hindrance(10**7, 6, 5, 4, 1e12, 4, "cpu")
+    assert "budget is 20 s" in head_step.hindrance(4096, 1000, 5, 4, 1e9, 4, "cpu")
+
+
+def test_peak_memory_counts_what_is_held_at_once():
+    x = torch.zeros(2**18)
+    assert timing.peak_memory(lambda: (x + 1) + 1, "cpu") == pytest.approx(2 * x.nbytes, rel=0.01)
+    assert timing.peak_memory(lambda: x.add_(1), "cpu") < 100
+
+
+def test_the_models_of_one_step():
+    assert head_step.traffic(10, 3, torch.float32, torch.float32) == 4 * (2 * 100 + 5 * 30 + 10)
+    assert head_step.flop(10, 3, 64) == 2 * 3 * 100 + 4 * 100
+    assert head_step.flop(10, 64, 3) == 2 * 3 * 100 + 2 * 64 * 3 * 10 + 4 * 100
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_gate_sees_a_candidate_that_is_wrong(dtype):
+    start = baselines.make_state(3, 20, "cpu", dtype)
+    states = {name: start.clone() for name in ("best", "twice", "mla_ext")}
+
+    def twice():
+        for _ in range(2):
+            baselines.best(states["twice"])
+
+    def check(ours):
+        head_step.check(
+            states,
+            {
+                "best": timing.Candidate(lambda: baselines.best(states["best"])),
+                "twice": timing.Candidate(twice, 2),
+                "mla_ext": timing.Candidate(lambda: ours(states["mla_ext"])),
+            },
+        )
+
+    check(lambda state: head_step.step_with(state, "auto"))
+    with pytest.raises(AssertionError, match="mla_ext"):
+        check(lambda state: state.projection.mul_(0.9))
+
+
+def test_the_best_fusion_is_the_reference():
+    logits = 5 * torch.randn(3, 7, 11, generator=torch.Generator().manual_seed(0))
+    for actual, expected in zip(baselines.best_fusion(logits), reference.entropy_fusion(logits), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_a_training_step_waits_for_nothing_and_a_wait_is_seen():
+    model = training.make_model(8, 3, "cpu")
+    way = training.Training(model, training.make_data(3), report.OURS)
+    way.round()
+    assert way.waits() == 0
+    way.project = lambda: model.head.weight.grad.sum().item()
+    assert way.waits() == 1
+
+
+@pytest.mark.parametrize("floor", [None, report.Floor(1e6, 0, 1e9, 1e9)])
+def test_the_report_holds_every_row(tmp_path, capsys, floor):
+    timings = {"best": timing.Timing(4.0, 3.0, 5.0), "mla_ext cpu": timing.Timing(2.0, 1.0, 3.0)}
+    rows = [
+        report.Row({"s": 8, "C": 2}, timings, {}, floor, {"best": 2**20}),
+        report.Row({"s": 16, "C": 2}, skipped={"all": "too big"}),
+    ]
+    assert rows[0].speedup("best") == 2 and rows[1].ours is None
+    assert floor is None or (floor.ms, floor.bound, rows[0].times_floor) == (1.0, "bytes", 2.0)
+    parsed = Namespace(out=tmp_path, device="cpu", dtype=torch.bfloat16)
+    report.write("name", "About.", rows, ["best"], parsed)
+    page = (tmp_path / "name_cpu_bfloat16.md").read_text(encoding="utf-8")
+    assert page == capsys.readouterr().out[:-1]
+    assert "| 8 | 2 | 4 (3–5) | 2 (1–3) |" in page and "- s=16, C=2, all: too big" in page
+    assert len((tmp_path / "name_cpu_bfloat16.csv").read_text(encoding="utf-8").splitlines()) == 4
+    saved = json.loads((tmp_path / "name_cpu_bfloat16.json").read_text(encoding="utf-8"))
+    assert saved["rows"][0]["timings"]["best"]["median"] == 4.0
+    assert (tmp_path / "name_cpu_bfloat16.png").stat().st_size > 0
