@@ -17,7 +17,9 @@ from collections.abc import Callable
 
 import torch
 
-from mla_ext import backends, ops
+from mla_ext import _checks, backends, ops
+from mla_ext.observation import Observation
+from mla_ext.pending import ROWS, Pending
 from mla_ext.reference import Hyperparameters, accumulate_dtype
 
 from .baselines import ALPHA, LR, MOMENTUM, State, best, graphed, make_state, released
@@ -48,10 +50,28 @@ def step_with(state: State, backend: str) -> None:
     )
 
 
-def ours(device: str) -> dict[str, tuple[Step, int]]:
+@torch.no_grad()
+def cycle(state: State, factored: bool) -> None:
+    """As many steps, as ProjectedSGD makes them, as updates of P wait: the last one makes them."""
+    pending = Pending.beside(state.projection)
+    observation = Observation(state.feature_mean, len(state.features), state.features, state.delta)
+    for _ in range(ROWS):
+        factors = observation.factors_of(state.grad) if factored else None
+        tensors = (state.weight, state.grad, state.momentum_buffer, state.projection, state.feature_mean, state.step)
+        _checks.check_hyperparameters(HYPER)
+        _checks.check_head_step(*tensors, HYPER)
+        ops.run_head_step_(*tensors, HYPER, None, None, "cpu", pending, factors)
+
+
+def ours(device: str, C: int, N: int, dtype: torch.dtype) -> dict[str, tuple[Step, int]]:
     """name -> (what changes a state in place by a whole cycle and leaves P dense, the number of steps of a cycle)."""
     usable = [name for name in backends.usable(torch.device(device)) if name != "reference"]
-    return {f"{OURS} {name}": (functools.partial(step_with, backend=name), 1) for name in usable}
+    steps = {f"{OURS} {name}": (functools.partial(step_with, backend=name), 1) for name in usable}
+    if "cpu" in usable:
+        steps[f"{OURS} cpu, deferred"] = (functools.partial(cycle, factored=False), ROWS)
+        if N < C and dtype == accumulate_dtype(dtype):
+            steps[f"{OURS} cpu, deferred, factored"] = (functools.partial(cycle, factored=True), ROWS)
+    return steps
 
 
 def traffic(s: int, C: int, dtype: torch.dtype, accumulate: torch.dtype) -> int:
@@ -66,13 +86,14 @@ def flop(s: int, C: int, N: int) -> int:
 
 def prepare(start: State, device: str) -> tuple[dict[str, State], dict[str, Candidate]]:
     """The candidates, and the state that each of them changes."""
+    own = ours(device, len(start.weight), len(start.features), start.weight.dtype)
     torch._dynamo.reset()  # compiled anew for each size; else the ninth size would not be compiled at all
     compiled = torch.compile(best, dynamic=False)
-    steps = {"released": (released, 1), "best": (best, 1), "compiled": (compiled, 1), **ours(device)}
+    steps = {"released": (released, 1), "best": (best, 1), "compiled": (compiled, 1), **own}
     states = {name: start.clone() for name in steps}
     candidates = {name: Candidate(functools.partial(f, states[name]), n) for name, (f, n) in steps.items()}
     if device == "cuda":
-        for name, source in [("graphed", "best"), *((f"{own} graphed", own) for own in ours(device))]:
+        for name, source in [("graphed", "best"), *((f"{name} graphed", name) for name in own)]:
             f, n = steps[source]
             states[name] = start.clone()
             candidates[name] = Candidate(graphed(functools.partial(f, states[name])), n)
@@ -108,7 +129,7 @@ def measure(s: int, C: int, N: int, device: str, dtype: torch.dtype, rate: float
     row = Row({"s": s, "C": C, "N": N})
     accumulate = accumulate_dtype(dtype)
     size = accumulate.itemsize
-    reason = hindrance(s, C, len(BASELINES) + len(ours(device)), size, rate, seconds, device)
+    reason = hindrance(s, C, len(BASELINES) + len(ours(device, C, N, dtype)), size, rate, seconds, device)
     if reason is not None:
         row.skipped["all"] = reason
         return row

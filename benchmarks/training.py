@@ -20,7 +20,8 @@ from torch.optim import SGD
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mla_ext import MultimodalData, ProjectedSGD, SharedHeadModel
-from mla_ext.model import Step, default_encoder
+from mla_ext.encoders import build_encoder
+from mla_ext.model import Step
 
 from .baselines import ALPHA, LR, MOMENTUM, PlainProjection
 from .report import OURS, Row, arguments, write
@@ -110,7 +111,7 @@ def make_data(C: int) -> MultimodalData:
 
 def make_model(s: int, C: int, device: str) -> SharedHeadModel:
     torch.manual_seed(0)
-    encoders = {m: default_encoder((WIDTH,), s) for m in MODALITIES}
+    encoders = {m: build_encoder("small", (WIDTH,), s) for m in MODALITIES}
     return SharedHeadModel(encoders, nn.Linear(s, C)).to(device)
 
 
