@@ -8,13 +8,14 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check install --quiet --constraint $(CONSTRAINTS)
 NATIVE = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test lint format bench evidence gpu-check clean
+.PHONY: demo test lint format bench evidence install-matrix gpu-check clean
 
 demo: $(VENV)/.installed
-	$(RUN) -m mla_ext demo
+	$(VENV)/bin/mla-ext demo
 
+# From tests/ and by the script, neither of which puts the checkout's own mla_ext before the installed one.
 test: lint
-	$(RUN) -m pytest -q
+	cd tests && MLA_EXT_INSTALLED=1 $(abspath $(VENV))/bin/pytest -q
 
 lint: $(VENV)/.installed
 	$(RUN) -m ruff check .
@@ -41,6 +42,10 @@ SEEDS ?= 5
 evidence: $(VENV)/.installed
 	$(RUN) -m benchmarks.evidence all --data $(DATA) --seeds $(SEEDS)
 
+# Every way to install, each tried in an environment of its own: two hours and 20 GB of downloads, or ONLY="sdist editable".
+install-matrix:
+	$(PYTHON) tests/install_matrix.py $(ONLY)
+
 # On a machine with a GPU, in its own Python (PYTHON=...): build, tests, sanitizers and benchmarks, as files in $$OUT.
 gpu-check:
 	PYTHON=$(PYTHON) bash benchmarks/gpu_check.sh
@@ -56,7 +61,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 # Without isolation the library is built against the PyTorch that runs it, and nothing is fetched when $(VENV) has it all.
-$(VENV)/.installed: $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml constraints.txt | $(VENV)/bin/python
+$(VENV)/.installed: $(shell find csrc -type f) $(shell find mla_ext -name '*.py') CMakeLists.txt setup.py pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) setuptools cmake ninja pybind11 torch
-	$(PIP) --no-build-isolation --editable '.[test,lint]'
+	$(PIP) --no-build-isolation '.[test,lint]'
 	@touch $@

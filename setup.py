@@ -74,6 +74,8 @@ if int(setuptools.__version__.split(".")[0]) < 77:  # older ones reject `license
         f"mla_ext: building needs setuptools >= 77, but {sys.executable} has {setuptools.__version__}; "
         "run `pip install --upgrade setuptools`, or build without --no-build-isolation."
     )
+for stale in (SOURCE / "build").glob("lib*"):  # setuptools never removes from there what is gone from the sources
+    shutil.rmtree(stale)
 setuptools.setup(
     ext_modules=[setuptools.Extension("mla_ext._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},

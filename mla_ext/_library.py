@@ -6,7 +6,9 @@ import importlib
 import json
 import platform
 import re
+import struct
 import warnings
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,37 +29,51 @@ def check_torch(version: str) -> None:
 
 
 def read_facts() -> dict[str, Any]:
-    """What CMakeLists.txt wrote beside the libraries that it built; nothing before a build."""
+    """What CMakeLists.txt wrote beside the libraries that it built; nothing before a build, or where it is damaged."""
     try:
         return json.loads((PACKAGE / "_build.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (OSError, ValueError):
         return {}
 
 
 def remedy() -> str:
     checkout = PACKAGE.parent
     if (checkout / "CMakeLists.txt").is_file():
-        return f"run `pip install -e {checkout}`"
+        return f"run `pip install -e {checkout}`, or start Python in another folder where mla_ext is installed"
     return "install mla_ext again in this environment, from its source"
 
 
 def describe(failure: Exception) -> str:
     """Why a library could not be loaded: what it was built for, what is here, and what to do."""
-    built = f"Python {facts['python']}, PyTorch {facts['torch']} on {facts['platform']}"
-    here = (
-        f"Python {platform.python_version()}, PyTorch {torch.__version__} on {platform.system()} {platform.machine()}"
-    )
+
+    def environment(python: str, pytorch: str, cuda: str | None, where: str) -> str:
+        return f"Python {python}, PyTorch {pytorch}, {f'CUDA {cuda}' if cuda else 'no CUDA'} on {where}"
+
+    built = environment(facts["python"], facts["torch"], facts["cuda"], facts["platform"])
+    where = f"{platform.system()} {platform.machine()}"
+    here = environment(platform.python_version(), torch.__version__, torch.version.cuda, where)
     return f"its library was built for {built}, this is {here}, and loading it failed ({failure}); {remedy()}"
+
+
+def check_whole(library: Path) -> None:
+    """Raises OSError for a missing library, or one whose end is missing: loading that would kill the process."""
+    with library.open("rb") as file:
+        header = file.read(64)
+    if len(header) == 64 and header.startswith(b"\x7fELF\x02\x01"):  # 64 bits, little endian; its last part is a table
+        (table,), (entry, entries) = struct.unpack_from("<Q", header, 40), struct.unpack_from("<HH", header, 58)
+        if library.stat().st_size < table + entry * entries:
+            raise OSError(f"{library} is cut short")
 
 
 def load() -> tuple[ModuleType | None, str | None]:
     """The module `_C` with the CPU operations, or why it cannot be loaded."""
     if not facts:
-        reason = f"{PACKAGE} holds no compiled library; {remedy()}"
+        reason = f"{PACKAGE} holds no compiled library with its _build.json; {remedy()}"
     else:
         try:
+            check_whole(PACKAGE / f"_C{EXTENSION_SUFFIXES[0]}")
             return importlib.import_module("mla_ext._C"), None
-        except ImportError as failure:
+        except (ImportError, OSError) as failure:
             reason = describe(failure)
     warnings.warn(f"mla_ext runs on its slower PyTorch reference: {reason}", RuntimeWarning, stacklevel=2)
     return None, reason
@@ -72,6 +88,7 @@ def load_cuda() -> str | None:
     if torch.version.cuda is None:
         return f"PyTorch {torch.__version__} is a build without CUDA"
     try:
+        check_whole(PACKAGE / "_C_cuda.so")
         torch.ops.load_library(PACKAGE / "_C_cuda.so")
         return None
     except OSError as failure:

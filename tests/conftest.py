@@ -2,10 +2,13 @@
 
 import contextlib
 import os
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # for benchmarks/, after the mla_ext that is installed
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 

@@ -171,8 +171,9 @@ def test_interrupting_says_how_to_go_on(capsys, monkeypatch, file):
     assert "--resume" in capsys.readouterr().err
 
 
-def test_info_and_the_module_entry():
-    done = subprocess.run([sys.executable, "-W", "ignore", "-m", "mla_ext", "info"], capture_output=True, text=True)
+def test_info_and_the_module_entry(tmp_path):
+    command = [sys.executable, "-W", "ignore", "-m", "mla_ext", "info"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     facts = dict(line.split(None, 1) for line in done.stdout.splitlines())
     assert "reference" in facts["backends"]

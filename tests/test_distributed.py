@@ -169,7 +169,7 @@ def test_torchrun_trains_as_one_process(world, tmp_path):
     def run(*start, epochs="2"):
         out = tmp_path / str(len(start))
         arguments = [*start, *command, "--out", str(out), "--resume", "--epochs", epochs]
-        subprocess.run(arguments, check=True, env=environment, capture_output=True, text=True)
+        subprocess.run(arguments, check=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
         return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
     alone = run(sys.executable)

@@ -6,11 +6,15 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+import torch
+
+import mla_ext
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -55,6 +59,14 @@ def unpacked(sdist, tmp_path_factory):
     return unpack(sdist, tmp_path_factory.mktemp("unpacked"))
 
 
+@pytest.mark.skipif("MLA_EXT_INSTALLED" not in os.environ, reason="for `make test`, which installs the package")
+def test_these_are_tests_of_the_installed_package():
+    installed = Path(sysconfig.get_path("platlib"))
+    assert Path(mla_ext.__file__).is_relative_to(installed)
+    measured = run(sys.executable, "-c", "import benchmarks, mla_ext; print(mla_ext.__file__)", cwd=ROOT)
+    assert Path(measured.stdout.strip()).is_relative_to(installed), measured.stderr
+
+
 def build_wheel(source, folder, **environment):
     options = ["--no-build-isolation", "--no-deps", "--no-index", "--wheel-dir", folder]
     return run(sys.executable, "-m", "pip", "wheel", *options, source, **{"MLA_EXT_CUDA": "off", **environment})
@@ -63,6 +75,8 @@ def build_wheel(source, folder, **environment):
 @pytest.fixture(scope="module")
 def wheel(built, tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
+    library = f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+    write(built / "build" / library / "mla_ext" / "removed.py", "")  # a module of an earlier build
     result = build_wheel(built, folder)
     assert result.returncode == 0, result.stdout + result.stderr
     (path,) = folder.iterdir()
@@ -250,22 +264,86 @@ def test_unbuilt_checkout_works_on_the_reference_and_warns_once(tmp_path):
     result = python(USE_REFERENCE, tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("Warning: ") == 1
-    reason = f"{tmp_path / 'mla_ext'} holds no compiled library; run `pip install -e {tmp_path}`"
+    reason = f"{tmp_path / 'mla_ext'} holds no compiled library with its _build.json; run `pip install -e {tmp_path}`"
     assert f"RuntimeWarning: mla_ext runs on its slower PyTorch reference: {reason}" in result.stderr
     assert reason in result.stdout
 
 
-def test_library_that_cannot_be_loaded_says_what_it_was_built_for(installed, tmp_path):
-    shutil.copytree(installed / "mla_ext", tmp_path / "mla_ext")
-    (library,) = (tmp_path / "mla_ext").glob("_C.*.so")
-    library.write_bytes(b"not a library")
-    facts = tmp_path / "mla_ext" / "_build.json"
-    facts.write_text(json.dumps({**json.loads(facts.read_text()), "torch": "2.99.0"}))
+def truncated(library, facts):
+    library.write_bytes(library.read_bytes()[:5000])
+
+
+def missing(library, facts):
+    library.unlink()
+
+
+def of_another_python(library, facts):
+    library.rename(library.with_name("_C.cpython-39-x86_64-linux-gnu.so"))
+    facts["python"] = "3.9.1"
+
+
+def of_another_processor(library, facts):
+    content = bytearray(library.read_bytes())
+    content[18:20] = b"\xf3\x00"  # e_machine of an ELF file: RISC-V
+    library.write_bytes(content)
+    facts["platform"] = "Linux riscv64"
+
+
+def of_a_newer_torch(library, facts):
+    library.write_bytes(library.read_bytes().replace(b"aoti_torch_", b"aoti_later_"))
+    facts["torch"] = "2.99.0"
+
+
+def copy_installed(installed, folder):
+    """A copy of the package to damage, its library, and what _build.json says of it."""
+    shutil.copytree(installed / "mla_ext", folder / "mla_ext")
+    (library,) = (folder / "mla_ext").glob("_C.*.so")
+    return library, json.loads((folder / "mla_ext" / "_build.json").read_text())
+
+
+@pytest.mark.parametrize("damage", [truncated, missing, of_another_python, of_another_processor, of_a_newer_torch])
+def test_library_that_cannot_be_loaded_says_what_it_was_built_for(installed, tmp_path, damage):
+    library, facts = copy_installed(installed, tmp_path)
+    damage(library, facts)
+    (tmp_path / "mla_ext" / "_build.json").write_text(json.dumps(facts))
     result = python(USE_REFERENCE, tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("Warning: ") == 1
-    assert f"built for Python {sys.version.split()[0]}, PyTorch 2.99.0 on" in result.stderr
+    built = f"Python {facts['python']}, PyTorch {facts['torch']}, no CUDA on {facts['platform']}"
+    assert f"built for {built}, this is Python {sys.version.split()[0]}, PyTorch {torch.__version__}" in result.stderr
     assert "install mla_ext again in this environment" in result.stderr
+    assert "install mla_ext again in this environment" in result.stdout  # and so says the backend that was asked for
+
+
+def test_facts_that_cannot_be_read(installed, tmp_path):
+    copy_installed(installed, tmp_path)
+    (tmp_path / "mla_ext" / "_build.json").write_text('{"python": ')
+    result = python(USE_REFERENCE, tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("Warning: ") == 1
+    assert "holds no compiled library with its _build.json" in result.stderr
+
+
+CUDA_LIBRARY_FAILS = """
+import torch
+torch.version.cuda = "13.0"
+import mla_ext
+print(mla_ext.build_info()["backends"])
+mla_ext.entropy_fusion(torch.zeros(2, 3, 4), backend="cpu")
+"""
+
+
+def test_a_cuda_library_that_fails_leaves_the_cpu_library(installed, tmp_path):
+    _, facts = copy_installed(installed, tmp_path)
+    (tmp_path / "mla_ext" / "_build.json").write_text(json.dumps({**facts, "cuda": "12.8"}))
+    (tmp_path / "mla_ext" / "_C_cuda.so").write_bytes(b"not a library")
+    result = python(CUDA_LIBRARY_FAILS, tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("Warning: ") == 1
+    assert "mla_ext runs without its CUDA kernels: its library was built for" in result.stderr
+    assert f"PyTorch {facts['torch']}, CUDA 12.8 on" in result.stderr
+    assert f"PyTorch {torch.__version__}, CUDA 13.0 on" in result.stderr
+    assert "'cpu'" in result.stdout
 
 
 def test_make_refuses_an_old_python(tmp_path):

@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
+import mla_ext
 from mla_ext import _library, backends
 from mla_ext.reference import Hyperparameters, accumulate_dtype
 
 # Triton 3.9 announces that 3.10 will contract to fma no longer; the kernels are right either way.
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 
-ROOT = Path(__file__).resolve().parents[1]
+TESTS = Path(__file__).resolve().parent
+INSTALLED = Path(mla_ext.__file__).resolve().parents[1]  # the folder that mla_ext is in
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 triton = pytest.importorskip("triton")
@@ -31,11 +33,12 @@ TARGETS = {
 }
 
 
-def run(*command, path=ROOT, **environment):
+def run(*command, path=INSTALLED, **environment):
+    """Runs Python with the mla_ext in `path`."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("MLA_EXT_", "PYTHON", "TRITON_"))}
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(path), **environment}
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(path), str(TESTS)]), **environment}
     return subprocess.run(
-        [sys.executable, *command], env=inherited | environment, cwd=path, capture_output=True, text=True
+        [sys.executable, *command], env=inherited | environment, cwd=TESTS, capture_output=True, text=True
     )
 
 
@@ -92,9 +95,8 @@ for absorb, value in (("after", torch.nan), ("before", torch.nan), ("after", 1e2
 
 def test_the_parity_suite_in_the_interpreter():
     result = run(
-        *("-m", "pytest", "-q", "-p", "triton_interpreter", "tests/test_ops.py", "-k", SUITE),
+        *("-m", "pytest", "-q", "-p", "triton_interpreter", "test_ops.py", "-k", SUITE),
         TRITON_INTERPRET="1",
-        PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert int(re.search(r"(\d+) passed", result.stdout)[1]) > 100
@@ -126,7 +128,7 @@ torch.testing.assert_close(mla_ext.entropy_fusion(logits), reference.entropy_fus
 
 def test_an_installation_without_compiled_libraries_runs_on_triton(tmp_path):
     shutil.copytree(
-        ROOT / "mla_ext", tmp_path / "mla_ext", ignore=shutil.ignore_patterns("*.so", "_build.json", "__pycache__")
+        INSTALLED / "mla_ext", tmp_path / "mla_ext", ignore=shutil.ignore_patterns("*.so", "_build.json", "__pycache__")
     )
     result = run("-W", "ignore", "-c", WITHOUT_LIBRARY, path=tmp_path, TRITON_INTERPRET="1")
     assert result.returncode == 0, result.stderr
@@ -308,7 +310,7 @@ def test_a_step_is_two_launches_and_one_more_to_normalize(absorb, normalize, for
 def test_the_table_of_accuracies_has_every_operation_and_dtype():
     import parity_table
 
-    page = (ROOT / "docs" / "parity.md").read_text(encoding="utf-8")
+    page = (TESTS.parent / "docs" / "parity.md").read_text(encoding="utf-8")
     rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
     assert rows[0][2:] == ["cpu", "triton", "reference"]
     wanted = [[name, str(dtype)[6:]] for name, (_, dtypes) in parity_table.OPERATIONS.items() for dtype in dtypes]
