@@ -69,7 +69,7 @@ void entropy_fusion(const EntropyFusion& fusion, ParallelFor parallel_for) {
       A* out = kWiden ? sums.get() : reinterpret_cast<A*>(fused + n * C);
       for (int64_t c = 0; c < C; ++c) out[c] = 0;
       for (int64_t m = 0; m < M; ++m) {
-        const A weight = total == 0 ? A(0) : lambda[m] / total;
+        const A weight = f[m] == nullptr ? A(0) : lambda[m] / total;  // 0 even where another's logits are NaN
         weights[m * N + n] = weight;
         if (f[m] == nullptr) continue;
         for (int64_t c = 0; c < C; ++c) out[c] += weight * f[m][c];
