@@ -379,6 +379,17 @@ def test_entropy_fusion_sanitized(sanitized, tmp_path):
     check_fusions(sanitized, tmp_path, shapes, DTYPES, FIVE_BY_TWO)
 
 
+def test_entropy_fusion_of_differences_that_overflow(fast, tmp_path):
+    """Finite logits whose differences are not: the running maximum is raised by an infinite shift."""
+    logits = torch.zeros(2, 2, 600)
+    logits[0] = -3e38
+    logits[0, :, [7, 300]] = 3e38
+    for dtype in (torch.float32, torch.bfloat16):
+        ((_, _, fused, weights),) = harness.run(fast, [fusion_call(logits.to(dtype), None)], tmp_path)
+        torch.testing.assert_close(weights, reference.entropy_fusion(logits.to(dtype))[1])
+        assert fused.isfinite().all()
+
+
 def test_entropy_fusion_sample_alone(fast, tmp_path):
     """A sample's result has the same bits whatever else is in the batch."""
     logits, present = random_logits(3, 64, 101, torch.float32)

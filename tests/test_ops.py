@@ -265,3 +265,22 @@ def test_absent_logits_are_never_used(device, backend):
         strict=True,
     ):
         assert torch.equal(clean, other)
+
+
+def test_a_modality_that_is_absent_weighs_nothing_next_to_nan(device, backend):
+    logits = torch.full((3, 1, 4), torch.nan, device=device)
+    present = torch.tensor([[False], [True], [True]], device=device)
+    _, weights = ops.entropy_fusion(logits, present, backend=backend)
+    assert weights[0] == 0 and weights[1:].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_finite_logits_may_be_so_far_apart_that_their_difference_overflows(device, backend, dtype):
+    largest = torch.finfo(dtype).max
+    logits = torch.zeros(2, 1, 600, dtype=dtype, device=device)
+    logits[0] = -largest
+    logits[0, :, [7, 300]] = largest  # two classes left, met after others
+    fused, weights = ops.entropy_fusion(logits, backend=backend)
+    _, expected = reference.entropy_fusion(logits)
+    torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-6)
+    assert fused.isfinite().all()

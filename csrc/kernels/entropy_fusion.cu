@@ -24,7 +24,7 @@ struct OnlineEntropy {
     if (sum != A(0)) {  // else there is nothing to scale, and the old maximum may be −∞
       const A shift = maximum - to;
       const A scale = exp(shift);
-      weighted = (weighted + shift * sum) * scale;
+      weighted = scale != A(0) ? (weighted + shift * sum) * scale : A(0);  // the shift may be −∞
       sum *= scale;
     }
     maximum = to;

@@ -35,7 +35,7 @@ def entropy_of(logits, m, samples, present, N, C, BLOCK_C: tl.constexpr, dtype: 
         # Sums of nothing stay 0, whatever the old maximum was; −∞ − (−∞) must not make them NaN.
         shift = tl.where(total > 0, maximum - larger, 0.0)
         scale = tl.exp(shift)
-        weighted = (weighted + shift * total) * scale
+        weighted = tl.where(scale > 0, (weighted + shift * total) * scale, 0.0)  # the shift may be −∞
         total *= scale
         maximum = larger
         below = x - tl.where(larger == -float("inf"), 0.0, larger)[:, None]
