@@ -8,7 +8,7 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check install --quiet --constraint $(CONSTRAINTS)
 NATIVE = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test lint format bench evidence gpu-check clean
+.PHONY: demo test lint format bench evidence fuzz faults numerics gpu-check clean
 
 demo: $(VENV)/.installed
 	$(RUN) -m mla_ext demo
@@ -36,6 +36,19 @@ DATA ?= digits
 SEEDS ?= 5
 evidence: $(VENV)/.installed
 	$(RUN) -m benchmarks.evidence all --data $(DATA) --seeds $(SEEDS)
+
+# The kernels under sanitizers, the public functions and the optimizer on random inputs, for SECONDS in all. With clang and
+# its libFuzzer installed the inputs are guided by coverage.
+SECONDS ?= 600
+fuzz: $(VENV)/.installed
+	$(RUN) tests/fuzz --seconds $(SECONDS)
+
+# Training killed 250 times at random moments, full disks, damaged files, ranks that die; float32 over a million steps.
+faults: $(VENV)/.installed
+	$(RUN) -m benchmarks.faults
+
+numerics: $(VENV)/.installed
+	$(RUN) -m benchmarks.numerics
 
 # On a machine with a GPU, in its own Python (PYTHON=...): build, tests, sanitizers and benchmarks, as files in $$OUT.
 gpu-check:
