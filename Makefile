@@ -8,7 +8,7 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check install --quiet --constraint $(CONSTRAINTS)
 NATIVE = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test lint format bench evidence install-matrix gpu-check clean
+.PHONY: demo test lint format bench evidence install-matrix gpu-check clean fuzz faults numerics
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/mla-ext demo
@@ -45,6 +45,20 @@ evidence: $(VENV)/.installed
 # Every way to install, each tried in an environment of its own: two hours and 20 GB of downloads, or ONLY="sdist editable".
 install-matrix:
 	$(PYTHON) tests/install_matrix.py $(ONLY)
+
+# The kernels under sanitizers, the public functions and the optimizer on random inputs, for SECONDS in all. With clang and
+# its libFuzzer installed the inputs are guided by coverage.
+SECONDS ?= 600
+fuzz: $(VENV)/.installed
+	$(RUN) tests/fuzz --seconds $(SECONDS)
+
+# Training killed 250 times at random moments, full disks, damaged files, ranks that die.
+faults: $(VENV)/.installed
+	$(RUN) -m benchmarks.faults
+
+# float32 against float64 over a million steps.
+numerics: $(VENV)/.installed
+	$(RUN) -m benchmarks.numerics
 
 # On a machine with a GPU, in its own Python (PYTHON=...): build, tests, sanitizers and benchmarks, as files in $$OUT.
 gpu-check:

@@ -226,8 +226,8 @@ def main() -> None:
         f"{machine('cpu')}, {date.today()}; {(time.perf_counter() - begin) / 60:.0f} minutes "
         "(`python -m benchmarks.numerics`).",
         "",
-        "Two runs of ProjectedSGD on the same inputs, in float32 and in float64: error is the relative difference in the",
-        f"Frobenius norm. lr 0.01, momentum 0.9, α = 0.1, {CLASSES} classes, {ROWS} rows a step.",
+        "Two runs of ProjectedSGD on the same inputs, in float32 and in float64: error is the relative difference in",
+        f"the Frobenius norm. lr 0.01, momentum 0.9, α = 0.1, {CLASSES} classes, {ROWS} rows a step.",
         "",
         *table(results),
         "",

@@ -366,6 +366,22 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
             run(*make(), data, 2, out=tmp_path, resume=True)
 
 
+def test_a_checkpoint_that_cannot_be_opened_is_an_error_of_the_system(tmp_path):
+    (tmp_path / "last.pt").mkdir()
+    with pytest.raises(OSError, match=r"last\.pt"):
+        run(*make(), make_data(), 2, out=tmp_path, resume=True)
+
+
+def test_a_checkpoint_without_its_optimizer_is_none(tmp_path):
+    run(*make(), make_data(), 1, out=tmp_path)
+    path = tmp_path / "last.pt"
+    content = checkpoint.load(path)
+    del content["optimizer"]
+    checkpoint.save(path, content)
+    with pytest.raises(ValueError, match=r"last\.pt: expected a checkpoint of a training run, got another file"):
+        run(*make(), make_data(), 2, out=tmp_path, resume=True)
+
+
 def test_other_files_are_no_checkpoints(tmp_path):
     torch.save({"model": {}}, tmp_path / "last.pt")
     with pytest.raises(ValueError, match="expected a checkpoint of a training run, got another file"):

@@ -1,0 +1,278 @@
+"""Random arguments for the public functions, and mutated files for those that read them.
+
+Whatever comes in, what comes out is a result, or an error of a kind that is meant, which names argument or file.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import random
+import re
+import warnings
+import zipfile
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from mla_ext import MultimodalData, ProjectedSGD, SharedHeadModel, checkpoint, fit, load_npz, ops
+from mla_ext.reference import Hyperparameters
+
+ERRORS = (TypeError, ValueError, OSError, RuntimeError)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+OTHERS = (torch.int64, torch.bool, torch.complex64, torch.uint8, torch.float8_e4m3fn)
+
+
+def _tensor(rng: random.Random, shape: tuple[int, ...] | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Of any shape, dtype, layout and values, unless they are given."""
+    if shape is None:
+        shape = tuple(rng.choice((0, 1, 2, 3, 7)) for _ in range(rng.randrange(4)))
+    if dtype is None:
+        dtype = rng.choice(DTYPES * 2 + OTHERS)
+    if dtype == torch.float8_e4m3fn:
+        return torch.zeros(shape).to(dtype)
+    if not dtype.is_floating_point:
+        return torch.ones(shape, dtype=dtype)
+    value = torch.randn(shape, generator=torch.Generator().manual_seed(rng.randrange(2**31))) * 10.0 ** rng.choice(
+        (-45, -20, -3, 0, 0, 0, 3, 20, 38)
+    )
+    if value.numel() and rng.random() < 0.2:
+        value.view(-1)[rng.randrange(value.numel())] = rng.choice((math.nan, math.inf, -math.inf, 0.0))
+    value = value.to(dtype)
+    layout = rng.randrange(8)
+    if layout == 0 and value.dim() >= 2:
+        return value.transpose(0, 1).contiguous().transpose(0, 1)
+    if layout == 1 and value.dim() >= 1:
+        return torch.stack([value, value], dim=-1)[..., 0]
+    if layout == 2 and value.dim() >= 1 and value.shape[0] > 0:
+        return torch.cat([value.flatten()[:1], value.flatten()])[1:].view(value.shape)  # not aligned
+    return value
+
+
+def _anything(rng: random.Random) -> Any:
+    kind = rng.randrange(12)
+    if kind < 6:
+        return _tensor(rng)
+    if kind == 6:
+        return _tensor(rng, (2, 3)).to_sparse()
+    if kind == 7:
+        return torch.empty(2, 3, device="meta")
+    if kind == 8:
+        return torch.ones(1, 3).expand(2, 3)
+    return rng.choice((None, 1, 1.0, "1", [1.0], math.nan, b"", True, np.ones(3), nn.Linear(2, 2), 10**400))
+
+
+def _number(rng: random.Random) -> Any:
+    usual = (0.0, 0.1, 0.9, 1.0, 1e-30, 1e30, -1.0, math.nan, math.inf, 1, True, None, "x", 10**400)
+    if rng.random() < 0.1:
+        return _tensor(rng, rng.choice(((), (1,), (2,))), rng.choice(DTYPES + OTHERS))
+    return np.float32(0.5) if rng.random() < 0.05 else rng.choice(usual)
+
+
+def _hyperparameters(rng: random.Random) -> dict[str, Any]:
+    values: dict[str, Any] = {"lr": 0.1, "momentum": rng.choice((0.0, 0.9)), "alpha": 0.1}
+    for _ in range(rng.randrange(3)):
+        name = rng.choice([field.name for field in fields(Hyperparameters)])
+        choices = {"absorb": ("after", "before", "x", 1), "nesterov": (True, False, 1), "normalize": (True, False, "")}
+        values[name] = rng.choice(choices[name]) if name in choices else _number(rng)
+    return values
+
+
+def _call(function: Callable[..., Any], arguments: dict[str, Any], names: tuple[str, ...] = ()) -> str:
+    """ "returned", or "refused" with an error that begins with the name of an argument."""
+    try:
+        function(**arguments)
+    except ERRORS as error:
+        named = re.match(r"(\w+)", str(error))
+        known = {*arguments, *names, *(field.name for field in fields(Hyperparameters))}
+        assert named and named[1] in known, f"{type(error).__name__} names no argument: {error}"
+        return "refused"
+    return "returned"
+
+
+def _spoil(rng: random.Random, arguments: dict[str, Any]) -> dict[str, Any]:
+    """None, one or two of the arguments replaced by anything."""
+    names = rng.sample(sorted(arguments), min(rng.choice((0, 0, 1, 1, 2)), len(arguments)))
+    return arguments | {name: _anything(rng) for name in names}
+
+
+def _sizes(rng: random.Random) -> tuple[int, int, int]:
+    return rng.choice((1, 2, 5, 64)), rng.choice((1, 2, 7, 33, 129)), rng.choice((1, 3, 40))
+
+
+def call_feature_mean(rng: random.Random, folder: Path) -> str:
+    N, s, _ = _sizes(rng)
+    return _call(ops.feature_mean, _spoil(rng, {"features": _tensor(rng, (N, s), rng.choice(DTYPES))}))
+
+
+def call_rls_update(rng: random.Random, folder: Path) -> str:
+    _, s, _ = _sizes(rng)
+    dtype = rng.choice(DTYPES[:2])
+    arguments = {"projection": _tensor(rng, (s, s), dtype), "feature_mean": _tensor(rng, (s,), dtype)}
+    values = _hyperparameters(rng)
+    options = {name: values[name] for name in ("alpha", "forget", "normalize") if name in values}
+    return _call(ops.rls_update_, _spoil(rng, arguments) | options)
+
+
+def call_head_step(rng: random.Random, folder: Path) -> str:
+    _, s, C = _sizes(rng)
+    dtype = rng.choice(DTYPES)
+    accumulate = torch.float64 if dtype == torch.float64 else torch.float32
+    arguments = {
+        "weight": _tensor(rng, (C, s), dtype),
+        "grad": _tensor(rng, (C, s), dtype),
+        "momentum_buffer": _tensor(rng, (C, s), accumulate),
+        "projection": _tensor(rng, (s, s), accumulate),
+        "feature_mean": rng.choice((None, _tensor(rng, (s,), accumulate))),
+        "step": torch.tensor(float(rng.randrange(2))),
+        "grad_scale": rng.choice((None, torch.tensor(8.0))),
+        "found_inf": rng.choice((None, torch.tensor(float(rng.randrange(2))))),
+    }
+    return _call(ops.head_step_, _spoil(rng, arguments) | {"hyper": Hyperparameters(**_hyperparameters(rng))})
+
+
+def call_entropy_fusion(rng: random.Random, folder: Path) -> str:
+    N, C, M = _sizes(rng)
+    arguments = {
+        "logits": _tensor(rng, (M, N, C), rng.choice(DTYPES)),
+        "present": rng.choice((None, torch.rand(M, N) < 0.5)),
+    }
+    return _call(ops.entropy_fusion, _spoil(rng, arguments))
+
+
+def call_optimizer(rng: random.Random, folder: Path) -> str:
+    """Constructed, fed and stepped: with any options, features and gradients."""
+    _, s, C = _sizes(rng)
+    head = nn.Linear(s, C, dtype=rng.choice(DTYPES))
+
+    def use(**options: Any) -> None:
+        optimizer = ProjectedSGD(head.parameters(), **options)
+        features = _tensor(rng, (3, s), head.weight.dtype) if rng.random() < 0.8 else _anything(rng)
+        optimizer.observe(head.weight, features)
+        grad = _tensor(rng, (C, s), head.weight.dtype)
+        head.weight.grad = grad.to_sparse() if rng.random() < 0.1 else grad
+        optimizer.step()
+        optimizer.projection(head.weight)
+
+    return _call(use, _hyperparameters(rng), ("weight", "features", "grad"))
+
+
+def mutate(rng: random.Random, data: bytes) -> bytes:
+    """Some bytes flipped, removed, repeated, overwritten, or the end cut off."""
+    changed = bytearray(data)
+    for _ in range(rng.choice((1, 1, 1, 2, 5, 20))):
+        if not changed:
+            break
+        at, length = rng.randrange(len(changed)), rng.choice((1, 1, 2, 4, 8, 64))
+        kind = rng.randrange(5)
+        if kind == 0:
+            changed[at] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            changed[at : at + length] = rng.randbytes(length)
+        elif kind == 2:
+            del changed[at : at + length]
+        elif kind == 3:
+            changed[at:at] = changed[at : at + length]
+        elif rng.random() < 0.3:
+            del changed[at:]
+        else:
+            changed[at : at + length] = rng.choice((b"\0", b"\xff", b"\x7f")) * length
+    return bytes(changed)
+
+
+def mutate_members(rng: random.Random, archive: bytes) -> bytes:
+    """A whole zip file with right checksums, one member of it mutated: what no checksum finds."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(archive)) as old, zipfile.ZipFile(file, "w") as new:
+        names = old.namelist()
+        spoiled = rng.choice(names)
+        for name in names:
+            data = old.read(name)
+            new.writestr(name, mutate(rng, data) if name == spoiled else data)
+    return file.getvalue()
+
+
+def _read(function: Callable[[Path], Any], path: Path, content: bytes, rng: random.Random) -> str:
+    path.write_bytes(mutate_members(rng, content) if rng.random() < 0.5 else mutate(rng, content))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            function(path)
+    except (ValueError, OSError) as error:
+        assert str(path) in str(error), f"{type(error).__name__} names no file: {error}"
+        return "refused"
+    return "returned"
+
+
+def _data() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {
+        "modalities": np.array(["a", "b"]),
+        "x_a": rng.standard_normal((5, 2, 3)).astype(np.float16),
+        "row_a": np.array([0, 1, 2, 3, 4, 0, 0, -1, 1, -1, 2, 3]),
+        "x_b": rng.integers(0, 256, (12, 4), dtype=np.uint8),
+        "y": np.arange(12) % 3,
+        "classes": np.array(["x", "y", "z"]),
+        "split": np.array([0] * 8 + [1] * 2 + [2] * 2, dtype=np.int8),
+    }
+
+
+def read_npz(rng: random.Random, folder: Path) -> str:
+    file = io.BytesIO()
+    (np.savez_compressed if rng.random() < 0.3 else np.savez)(file, **_data())
+    return _read(load_npz, folder / "mutated.npz", file.getvalue(), rng)
+
+
+def train(out: Path, resume: bool = False) -> None:
+    """Two epochs on a few samples, or what is left of them."""
+    arrays = {name: torch.from_numpy(value) for name, value in _data().items() if value.dtype.kind != "U"}
+    data = MultimodalData(
+        ("a", "b"),
+        {"a": arrays["x_a"], "b": arrays["x_b"] / 255},
+        {"a": arrays["row_a"], "b": torch.arange(12)},
+        arrays["y"],
+        ("x", "y", "z"),
+        arrays["split"],
+    )
+    torch.manual_seed(0)
+    encoders = {"a": nn.Sequential(nn.Flatten(), nn.Linear(6, 4)), "b": nn.Linear(4, 4)}
+    model = SharedHeadModel(encoders, nn.Linear(4, 3))
+    optimizer = ProjectedSGD(model.parameters(), lr=0.05, momentum=0.9)
+    optimizer.attach(model.head)
+    fit(model, optimizer, data, epochs=2, batch_size=4, out=out, resume=resume, progress=False)
+
+
+def _checkpoint(folder: Path) -> Path:
+    path = folder / "run" / "last.pt"
+    if not path.exists():
+        train(path.parent)
+    return path
+
+
+def read_checkpoint(rng: random.Random, folder: Path) -> str:
+    return _read(checkpoint.load, folder / "mutated.pt", _checkpoint(folder).read_bytes(), rng)
+
+
+TARGETS = {
+    "feature_mean": call_feature_mean,
+    "rls_update_": call_rls_update,
+    "head_step_": call_head_step,
+    "entropy_fusion": call_entropy_fusion,
+    "ProjectedSGD": call_optimizer,
+    "load_npz": read_npz,
+    "checkpoint.load": read_checkpoint,
+}
+
+
+def run_one(name: str, seed: int, folder: Path) -> str:
+    """Input number `seed` of a target: "returned" or "refused". AssertionError, or any other, is a find."""
+    try:
+        return TARGETS[name](random.Random(f"{name} {seed}"), folder)
+    except Exception as error:
+        error.add_note(f"input {seed} of {name}")
+        raise

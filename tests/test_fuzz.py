@@ -1,0 +1,62 @@
+"""The fuzz targets of tests/fuzz in brief, on the same inputs each time; and that they can fail."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent / "fuzz"))
+import programs
+import public
+
+needs_compiler = pytest.mark.skipif(programs.harness.COMPILER is None, reason="the programs are built with g++")
+INPUTS = 200
+FLAGS = {"address": programs.ADDRESS, "thread": programs.THREAD}
+
+
+@pytest.fixture(scope="module", params=FLAGS)
+def sanitizer(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def program(sanitizer, tmp_path_factory) -> Path:
+    """The CPU kernels of one instruction set, all of whose code is the others' too."""
+    return programs.build_cpu(tmp_path_factory.mktemp(sanitizer), programs.RANDOM, FLAGS[sanitizer], ["baseline"])
+
+
+@needs_compiler
+def test_the_cpu_kernels_agree_with_plain_loops(program):
+    assert f"{INPUTS} inputs" in programs.run_program(program, seed=0, inputs=INPUTS)
+
+
+# Defects put into a copy of the kernels: file, what is replaced, by what, what the report says.
+DEFECTS = {
+    "address": ("rls_update.h", "for (; j < s; ++j) row[j] =", "for (; j <= s; ++j) row[j] =", "AddressSanitizer|P"),
+    "thread": ("head_step.h", "return block * kRows < s ? block * kRows : s;", "return block * kRows + 1 < s ? "
+               "block * kRows + 1 : s;", "ThreadSanitizer: data race"),
+}  # fmt: skip
+
+
+@needs_compiler
+def test_a_defect_is_found(program, sanitizer, tmp_path):
+    """An access beyond a row; threads that write the same row."""
+    file, old, new, report = DEFECTS[sanitizer]
+    shutil.copytree(programs.ROOT / "csrc" / "cpu", tmp_path / "cpu")
+    source = tmp_path / "cpu" / file
+    assert source.read_text().count(old) == 1
+    source.write_text(source.read_text().replace(old, new))
+    broken = programs.build_cpu(
+        tmp_path / "build", programs.RANDOM, FLAGS[sanitizer], ["baseline"], csrc=tmp_path, base=program.parent
+    )
+    with pytest.raises(RuntimeError, match=report):
+        programs.run_program(broken, seed=0, inputs=INPUTS)
+
+
+@pytest.mark.parametrize("name", public.TARGETS)
+def test_public_functions_refuse_or_return(name, tmp_path):
+    outcomes = {public.run_one(name, seed, tmp_path) for seed in range(60)}
+    assert outcomes == {"refused", "returned"}
