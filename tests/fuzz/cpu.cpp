@@ -87,11 +87,20 @@ void head_step(DType dtype, const HeadStep& step) {
   if (step.projected_grad) {
     std::memcpy(projected.data(), step.projected_grad, size_t(step.C * step.rls.s) * element);
   }
+  // The update of P at once, or put off and then made: both must end alike.
+  const bool may_wait =
+      step.rls.forget == 0 && !step.rls.normalize && !(step.absorb_before && step.projected_grad != nullptr);
+  const int64_t capacity = may_wait ? int64_t(generator() % 4) : 0;
+  std::vector<unsigned char> rows(size_t(capacity * step.rls.s) * element, 0xff);
+  int64_t count = 0;
+  const cpu::Pending pending{capacity > 0 ? rows.data() : nullptr, capacity, &count};
   kernels->head_step(cpu::DType(dtype),
                      {of(step.rls), step.C, step.weight, step.grad, step.momentum_buffer, projected.data(),
-                      step.projected_grad != nullptr, *step.step == 0, step.absorb_before, step.nesterov, step.maximize,
-                      step.grad_scale, step.lr, step.momentum, step.dampening, step.weight_decay},
+                      step.projected_grad != nullptr, pending, *step.step == 0, step.absorb_before, step.nesterov,
+                      step.maximize, step.grad_scale, step.lr, step.momentum, step.dampening, step.weight_decay},
                      parallel_for);
+  const DType accumulate = dtype == DType::Float64 ? DType::Float64 : DType::Float32;
+  if (capacity > 0) kernels->fold(cpu::DType(accumulate), step.rls.projection, step.rls.s, pending, parallel_for);
   *step.step += 1;
 }
 
