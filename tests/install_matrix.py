@@ -298,10 +298,10 @@ add_wheels("2.10", "2.11", "2.13", "newest")
 
 PREFACE = """# Where it was installed
 
-Every row is the package in a virtual environment that had it never before, or no more: it is installed, `pip check` and
-`mla-ext info` run, the compiled CPU operations are held to the reference in float64, `mla-ext train` makes an epoch on
-the built-in data, {tests} pass from a copy of the tests in an otherwise empty folder, and after `pip uninstall` no file
-of the package is left. What is built without a remark is built with `--no-build-isolation`.
+For every row the package was installed in a virtual environment without it; `pip check` and `mla-ext info` ran; the
+compiled CPU operations were held to the reference in float64; `mla-ext train` made an epoch on the built-in data; the
+tests passed from a copy in an otherwise empty folder ({tests}); and `pip uninstall` left no file of the package. Wheels are
+built with `--no-build-isolation` unless the row says otherwise.
 
 Written by `make install-matrix` (`make install-matrix ONLY="sdist editable"` for some of the rows; the others stay).
 """
@@ -324,6 +324,9 @@ def record(name: str, row: Row) -> None:
     cells = [f"`{name}`", COMBINATIONS[name][0], row.built, row.here, row.cuda, row.result, where]
     rows = recorded() | {name: f"| {' | '.join(cells)} |"}
     table = HEADER + "\n".join(rows[name] for name in COMBINATIONS if name in rows) + "\n"
+    missing = [f"`{name}`" for name in COMBINATIONS if name not in rows]
+    if missing:
+        table += f"\nNot tried yet: {', '.join(missing)}.\n"
     preface = PREFACE.format(tests=", ".join(f"`{name}`" for name in TESTS))
     PAGE.write_text("\n".join([preface, table + LIMITS]), encoding="utf-8")
 
@@ -350,7 +353,8 @@ def main() -> int:
                 row = Row("–", "–", "–", f"not tried: {reason}")
             except Failed as failure:
                 failed += 1
-                row = Row("–", machine.environment.torch if machine.environment else "–", "–", f"**failed**: {failure}")
+                here = machine.environment.torch if machine.environment else "–"
+                row = Row("–", here, "–", f"**failed**: {str(failure).replace(work, '…')}")
             record(name, row)
             print(
                 f"{name}: {row.result} ({row.built} in {row.here}; {row.cuda}; {time.monotonic() - start:.0f} s)",
