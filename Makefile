@@ -8,7 +8,7 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check install --quiet --constraint $(CONSTRAINTS)
 NATIVE = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test lint format bench evidence install-matrix gpu-check clean fuzz faults numerics
+.PHONY: demo test lint format bench evidence docs audit install-matrix fuzz faults numerics gpu-check clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/mla-ext demo
@@ -41,6 +41,16 @@ DATA ?= digits
 SEEDS ?= 5
 evidence: $(VENV)/.installed
 	$(RUN) -m benchmarks.evidence all --data $(DATA) --seeds $(SEEDS)
+
+# The pages of docs/ with the docstrings, as build/site/index.html.
+docs: $(VENV)/.installed
+	$(PIP) '.[docs]' --no-build-isolation
+	$(RUN) -m mkdocs build --strict --quiet
+
+# Known vulnerabilities of what is installed; needs PyPI.
+audit: $(VENV)/.installed
+	$(PIP) pip-audit
+	$(RUN) -m pip_audit --local --skip-editable
 
 # Every way to install, each tried in an environment of its own: two hours and 20 GB of downloads, or ONLY="sdist editable".
 install-matrix:

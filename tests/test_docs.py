@@ -1,34 +1,108 @@
-"""Every Python block in the README and the guides runs as it stands."""
+"""What the README and the guides say is so: blocks run, commands and links exist, the site builds."""
 
 import importlib.util
+import itertools
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from mla_ext import cli
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCKS = [
-    pytest.param(code, id=f"{page.name}-{number}")
-    for page in PAGES
-    for number, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL))
-]
+
+
+def blocks(language):
+    return [
+        pytest.param(code, id=f"{page.name}-{number}")
+        for page in PAGES
+        for number, code in enumerate(re.findall(rf"```{language}\n(.*?)```", page.read_text("utf-8"), flags=re.DOTALL))
+    ]
+
+
+PYTHON = blocks("python")
+
+
+def is_here(what):
+    return torch.cuda.is_available() if what == "cuda" else importlib.util.find_spec(what) is not None
 
 
 @pytest.mark.filterwarnings("ignore")  # other libraries' own
-@pytest.mark.parametrize("code", BLOCKS)
+@pytest.mark.parametrize("code", PYTHON)
 def test_blocks_run(code, tmp_path, monkeypatch):
     needs = re.match(r"# needs: (\w+)", code)
-    if needs and importlib.util.find_spec(needs[1]) is None:
-        pytest.skip(f"{needs[1]} is not installed")
+    if needs and not is_here(needs[1]):
+        pytest.skip(f"no {needs[1]} here")
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     exec(compile(code, "documentation", "exec"), {"__name__": "documentation"})
 
 
+def check_command(line):
+    """Raises AssertionError for a command, a target, a module or an option that does not exist."""
+    words = shlex.split(line, comments=True)
+    while re.match(r"\w+=", words[0]):
+        name = words.pop(0).partition("=")[0]
+        assert name in (ROOT / "CMakeLists.txt").read_text("utf-8") + (ROOT / "setup.py").read_text("utf-8"), name
+    program, *arguments = words
+    modules = [module for flag, module in itertools.pairwise(words) if flag == "-m"]
+    if program == "mla-ext" or modules == ["mla_ext"]:
+        arguments = words[words.index("mla_ext") + 1 :] if modules else arguments
+        try:
+            cli._parser().parse_args(arguments)
+        except ValueError as error:
+            raise AssertionError(f"{line}: {error}") from error
+    elif program == "make":
+        makefile = (ROOT / "Makefile").read_text("utf-8")
+        for word in arguments:
+            pattern = rf"^{word.partition('=')[0]} \??=" if "=" in word else rf"^{word}:"
+            assert re.search(pattern, makefile, flags=re.MULTILINE), word
+    elif modules:
+        folder = ROOT / modules[0].replace(".", "/")
+        source = (folder / "__main__.py" if folder.is_dir() else folder.with_suffix(".py")).read_text("utf-8")
+        assert [word for word in arguments if word.startswith("--") and f'"{word}"' not in source] == []
+    else:
+        assert program in {"pip", "git", "cd"}, program
+
+
+@pytest.mark.parametrize("block", blocks("sh"))
+def test_commands_exist(block):
+    for line in block.replace("\\\n", " ").splitlines():
+        if line.strip() and not line.startswith("#"):
+            check_command(line)
+
+
+@pytest.mark.parametrize(
+    "line", ["mla-ext train --data x --speed 3", "make tee", "python -m benchmarks.head_step --slow", "mla_ext info"]
+)
+def test_a_command_that_does_not_exist_is_seen(line):
+    with pytest.raises(AssertionError):
+        check_command(line)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\((?!https?://)([^)#]*)(?:#[^)]*)?\)", page.read_text("utf-8"))
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    pytest.importorskip("mkdocs", reason="the docs extra is not installed")
+    command = [sys.executable, "-W", "ignore", "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "gradient projected" in (tmp_path / "index.html").read_text("utf-8")
+    reference = (tmp_path / "api" / "index.html").read_text("utf-8")
+    assert all(f'id="mla_ext.{name}"' in reference for name in ("optimizer.ProjectedSGD", "training.fit"))
+
+
 def test_the_drop_in_example_has_ten_lines():
-    first = BLOCKS[0].values[0]
+    first = PYTHON[0].values[0]
     assert "ProjectedSGD" in first and len([line for line in first.splitlines() if line]) <= 10
 
 
