@@ -300,9 +300,8 @@ PREFACE = """# Where it was installed
 
 For every row the package was installed in a virtual environment without it; `pip check` and `mla-ext info` ran; the
 compiled CPU operations were held to the reference in float64; `mla-ext train` made an epoch on the built-in data; the
-tests ({tests})
-passed from a copy in an otherwise empty folder; and `pip uninstall` left no file of the package. Wheels are
-built with `--no-build-isolation` unless the row says otherwise.
+tests passed from a copy in an otherwise empty folder ({tests}); and `pip uninstall` left no file of the package. Wheels
+are built with `--no-build-isolation` unless the row says otherwise.
 
 Written by `make install-matrix` (`make install-matrix ONLY="sdist editable"` for some of the rows; the others stay).
 """
