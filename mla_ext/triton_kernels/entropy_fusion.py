@@ -33,9 +33,10 @@ def entropy_of(logits, m, samples, present, N, C, BLOCK_C: tl.constexpr, dtype: 
         x = load_logits(logits, m, samples, classes, N, C, mask, -float("inf"), dtype)
         larger = tl.maximum(maximum, tl.max(x, axis=1))
         # Sums of nothing stay 0, whatever the old maximum was; −∞ − (−∞) must not make them NaN.
-        shift = tl.where(total > 0, maximum - larger, 0.0)
+        # At −10⁴ the scale is 0; without that bound a shift of −∞ times it is NaN.
+        shift = tl.where(total > 0, tl.maximum(maximum - larger, -1e4), 0.0)
         scale = tl.exp(shift)
-        weighted = tl.where(scale > 0, (weighted + shift * total) * scale, 0.0)  # the shift may be −∞
+        weighted = (weighted + shift * total) * scale
         total *= scale
         maximum = larger
         below = x - tl.where(larger == -float("inf"), 0.0, larger)[:, None]
