@@ -233,7 +233,10 @@ def _names(archive: np.lib.npyio.NpzFile, key: str) -> tuple[str, ...]:
     array = _array(archive, key)
     if array.dtype.kind != "U" or array.ndim != 1:
         raise ValueError(f"{key}: has {_describe(array)}, expected a one-dimensional array of names (str)")
-    return tuple(array.tolist())
+    try:
+        return tuple(array.tolist())
+    except (SystemError, ValueError) as error:
+        raise ValueError(f"{key}: holds characters that do not exist, expected names (str)") from error
 
 
 def _integers(archive: np.lib.npyio.NpzFile, key: str) -> Tensor:

@@ -139,6 +139,10 @@ LIES = {
     "modalities nameless": (with_array("modalities", ["a", ""]), "modalities: .* non-empty names"),
     "modalities numbers": (with_array("modalities", [1, 2]), "modalities: has type ndarray, dtype int64"),
     "modalities scalar": (with_array("modalities", "a"), r"modalities: .*shape \(\), expected a one-dim"),
+    "modalities of no characters": (
+        with_array("modalities", np.full(2, 2**31, "<u4").view("<U1")),
+        "modalities: .* do not exist",
+    ),
     "classes twice": (with_array("classes", ["x", "y", "x"]), "classes: .* no name twice"),
     "classes numbers": (with_array("classes", [0, 1, 2]), "classes: has type ndarray, dtype int64"),
     "x text": (with_array("x_b", np.full((N, 4), "?")), "x_b: has type ndarray, dtype <U1 .* expected numbers"),
