@@ -340,7 +340,9 @@ class ProjectedSGD(Optimizer):
                 momentum_buffer = state["momentum_buffer"]
             shards = local_shards(weight, weight.grad, momentum_buffer)
             mean = None if mean is None else mean.to(dtype)
-            arguments = (*shards, state["projection"], mean, state["step"], hyper)
+            # A step without momentum is none that the buffer has seen.
+            step = torch.zeros_like(state["step"]) if momentum_buffer is None else state["step"]
+            arguments = (*shards, state["projection"], mean, step, hyper)
             _checks.check_head_step(*arguments)
             factors = None if observation is None else observation.factors_of(weight.grad)
             steps.append((arguments, (self._pending_of(weight, hyper), factors)))

@@ -454,12 +454,13 @@ def test_foreach_and_fused_are_those_of_sgd(flags):
     assert_same_bits(*models)
 
 
-def test_momentum_switched_on_and_off_in_mid_run_is_that_of_sgd():
+@pytest.mark.parametrize("at_first", [0.0, 0.9])  # when the head is attached
+def test_momentum_switched_on_and_off_in_mid_run_is_that_of_sgd(at_first):
     """The first step with momentum takes the gradient as it is, undamped, whenever it comes."""
     models = []
     for cls in (ProjectedSGD, torch.optim.SGD):
         models.append(network())
-        optimizer = cls(models[-1].parameters(), lr=0.1, dampening=0.5)
+        optimizer = cls(models[-1].parameters(), lr=0.1, momentum=at_first, dampening=0.5)
         if cls is ProjectedSGD:
             optimizer.attach(models[-1][2]).remove()  # P stays the identity
         for t, momentum in enumerate((0.0, 0.0, 0.9, 0.9, 0.0, 0.9)):
