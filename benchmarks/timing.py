@@ -17,7 +17,10 @@ ROUNDS = 7  # at least, after one that does not count
 
 @dataclass(frozen=True)
 class Candidate:
-    """`call` makes `steps` steps: a whole cycle, so that what a step puts off is paid within the call."""
+    """`call` makes one step. What it puts off is paid within `steps` of them: only whole cycles of so many count.
+
+    Single steps take turns with the other candidates', so that all meet the same caches.
+    """
 
     call: Callable[[], object]
     steps: int = 1
@@ -25,7 +28,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds per step: the median and the 20th and 80th percentile."""
+    """Milliseconds per step, the mean over a cycle: the median and the 20th and 80th percentile of the cycles."""
 
     median: float
     p20: float
@@ -35,29 +38,33 @@ class Timing:
 def time_interleaved(
     candidates: Mapping[str, Candidate], seconds: float, device: str
 ) -> tuple[dict[str, Timing], dict[str, str]]:
-    """Time the candidates, which are warm, in turns for about `seconds` in all, at least ROUNDS rounds.
+    """Time the candidates, which are warm, in turns for about `seconds` in all.
 
-    A candidate so slow that its ROUNDS calls would take longer than that is left out: its name, with the reason, is
-    in the second dictionary.
+    At least ROUNDS rounds, and two cycles of each candidate. One so slow that ROUNDS calls would take longer than
+    `seconds` is left out: its name, with the reason, is in the second dictionary.
     """
     skipped = {}
     for name, candidate in candidates.items():
         for _ in range(2):  # twice, lest a disturbance decide
-            call = _time_once(candidate, device) * candidate.steps / 1e3
+            call = _time_once(candidate, device) / 1e3
             if call * ROUNDS <= seconds:
                 break
         else:
             skipped[name] = f"a call takes {call:.2g} s, and {ROUNDS} were to fit in {seconds:g} s"
     samples: dict[str, list[float]] = {name: [] for name in candidates if name not in skipped}
+    least = max([ROUNDS, *(2 * candidates[name].steps for name in samples)])
     end, rounds = time.perf_counter() + seconds, 0
-    while rounds < ROUNDS or time.perf_counter() < end:
+    while rounds < least or time.perf_counter() < end:
         for name, values in samples.items():
             values.append(_time_once(candidates[name], device))
         rounds += 1
-    return {name: _summary(values) for name, values in samples.items()}, skipped
+    return {name: _summary(values, candidates[name].steps) for name, values in samples.items()}, skipped
 
 
-def _summary(values: list[float]) -> Timing:
+def _summary(samples: list[float], steps: int) -> Timing:
+    # A cycle begins anywhere: any so many steps in a row hold all that one puts off.
+    cycles = range(0, len(samples) - steps + 1, steps)
+    values = [statistics.fmean(samples[i : i + steps]) for i in cycles]
     p20, *_, p80 = statistics.quantiles(values, n=5)
     return Timing(statistics.median(values), p20, p80)
 
@@ -70,10 +77,10 @@ def _time_once(candidate: Candidate, device: str) -> float:
         candidate.call()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / candidate.steps
+        return start.elapsed_time(end)
     begin = time.perf_counter()
     candidate.call()
-    return (time.perf_counter() - begin) * 1e3 / candidate.steps
+    return (time.perf_counter() - begin) * 1e3
 
 
 def peak_memory(call: Callable[[], object], device: str) -> int:

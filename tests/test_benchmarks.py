@@ -1,5 +1,6 @@
 """The speed benchmarks: what they count is right, and they see what they are there to see."""
 
+import itertools
 import json
 import time
 from argparse import Namespace
@@ -11,12 +12,24 @@ from benchmarks import baselines, head_step, report, timing, training
 from mla_ext import reference
 
 
-def test_a_cycle_is_divided_by_its_steps():
-    candidates = {steps: timing.Candidate(lambda: time.sleep(0.02), steps) for steps in (1, 4)}
-    timings, skipped = timing.time_interleaved(candidates, 0.2, "cpu")
+def test_a_cycle_pays_for_what_its_steps_put_off():
+    calls = []
+
+    def put_off():
+        calls.append("put off")
+        if calls.count("put off") % 4 == 0:
+            time.sleep(0.04)
+
+    candidates = {
+        "put off": timing.Candidate(put_off, 4),
+        "at once": timing.Candidate(lambda: (calls.append("at once"), time.sleep(0.01))),
+    }
+    timings, skipped = timing.time_interleaved(candidates, 0.3, "cpu")
     assert not skipped
-    assert timings[1].median / timings[4].median == pytest.approx(4, rel=0.3)
-    assert timings[1].p20 <= timings[1].median <= timings[1].p80
+    assert timings["put off"].median / timings["at once"].median == pytest.approx(1, rel=0.3)
+    assert timings["at once"].p20 <= timings["at once"].median <= timings["at once"].p80
+    turns = calls[-20:]  # single steps take turns
+    assert all(a != b for a, b in itertools.pairwise(turns))
 
 
 def test_what_is_too_slow_is_named_with_the_reason():
@@ -45,8 +58,11 @@ def test_the_gate_sees_a_candidate_that_is_wrong(dtype):
     start = baselines.make_state(3, 20, "cpu", dtype)
     states = {name: start.clone() for name in ("best", "twice", "mla_ext")}
 
-    def twice():
-        for _ in range(2):
+    calls = []
+
+    def twice():  # nothing, then two steps
+        calls.append(1)
+        for _ in range(2 if len(calls) % 2 == 0 else 0):
             baselines.best(states["twice"])
 
     def check(ours):
