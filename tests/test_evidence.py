@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -282,20 +283,21 @@ def test_orders_and_fusions(source):
     assert mean["accuracy"] == mean["fusions"]["joint"] == mean["fusions"]["mean"]
 
 
-def test_every_method_gets_eight_trials_and_the_best_is_chosen(source, tmp_path, monkeypatch):
+def test_every_method_gets_fifteen_trials_and_the_best_is_chosen(source, tmp_path, monkeypatch):
     def execute(run):  # best: lr 0.03, weight decay 1e-4, own the first candidate; finer lr 0.03 * 1.7
         own = 0.0 if run.own is None else METHODS[run.method].candidates.index(run.own)
-        return {"validation": 1 - abs(run.lr - 0.05) - run.weight_decay - 0.01 * own + 1e-6 * run.seed}
+        luck = 1e-3 if run.seed == 1000 and run.weight_decay == 1e-3 else 0.0  # more than weight decay costs
+        return {"validation": 1 - abs(run.lr - 0.05) - run.weight_decay - 0.01 * own + luck}
 
     monkeypatch.setattr(runs, "execute", execute)
     results = Results(tmp_path / "runs.jsonl")
     evidence = experiments.Evidence([source], results, tmp_path, seeds=2, epochs=1, workers=1)
     evidence.tune(METHODS)
     settings = [json.loads(key) for key in results.found]
-    assert {s["split"] for s in settings} == {"validation"} and {s["seed"] for s in settings} == {1000, 1001}
+    assert {s["split"] for s in settings} == {"validation"}
     for name, method in METHODS.items():
-        trials = {(s["lr"], s["weight_decay"], s["own"]) for s in settings if s["method"] == name}
-        assert len(trials) == 8
+        trials = [(s["lr"], s["weight_decay"], s["own"]) for s in settings if s["method"] == name]
+        assert sorted(Counter(trials).values()) == [1] * 11 + [3] * 4
         run = evidence.chosen(source, name)
         own = None if method.own is None else method.candidates[0]
         assert (run.lr, run.weight_decay, run.own) == (0.03 if own is not None else 0.051, 1e-4, own)

@@ -19,19 +19,21 @@ from .runs import Results, Run, load
 MAIN = tuple(name for name in METHODS if not name.endswith("-shared"))
 MISSING_METHODS = ("concat", "late", "qmf", "mmin", "alternating", "released", "mla")
 RATES = (0.0, 0.2, 0.4, 0.6, 0.8)
-CURVE_ALPHAS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
+CURVE_ALPHAS = (1e-2, 1e-1, 1.0, 10.0, 100.0, 1e4)
 CURVE_FORGETS = (1e-3, 1e-2, 1e-1, 3e-1)
 LRS = (0.003, 0.01, 0.03, 0.1)
-FINER = (0.6, 1.0, 1.7)  # times the best of LRS
+FINER = (0.35, 0.6, 1.0, 1.7)  # times the best of LRS
 DECAYS = (1e-4, 1e-3, 1e-2)
-TUNING_SEEDS = (1000, 1001)
+FINALISTS = 4
+TUNING_SEEDS = (1000, 1001, 1002)
 PROTOCOL = """All methods have the same encoders: two linear layers of 64 features on the recording as one standardised
-vector; SGD with momentum 0.9, batches of 64. For every dataset and method the settings are chosen one after the other
-by the best validation accuracy, averaged over {tuning} seeds that are not used again, in eight trials for every method:
-lr among {lrs}; then, where the method has one, its own hyperparameter among three values and weight decay among
-{decays}; where it has none, weight decay and then a finer lr. Then {seeds} seeds are trained, {epochs} epochs each; the
-epoch is the one best on the validation split, and the test split is read once. Values: mean ± standard deviation over
-the seeds, in %; differences are paired by seed, with 95 % confidence intervals (Student's t)."""
+vector; SGD with momentum 0.9, batches of 64. For every dataset and method the settings are chosen by the best
+validation accuracy in 15 trials: lr among {lrs}; then, at the best of them, weight decay among {decays} together with
+four values of the method's own hyperparameter, or of a finer lr where it has none. A trial is one run; the best
+{finalists} are run with {more} more seeds, and the best mean is taken. These seeds are not used again. Then {seeds}
+seeds are trained, {epochs} epochs each; the epoch is the one best on the validation split, and the test split is read
+once. Values: mean ± standard deviation over the seeds, in %; differences are paired by seed, with 95 % confidence
+intervals (Student's t)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,41 +50,47 @@ class Evidence:
     @property
     def protocol(self) -> str:
         lrs, decays = (", ".join(f"{value:g}" for value in values) for values in (LRS, DECAYS))
-        return PROTOCOL.format(lrs=lrs, decays=decays, tuning=len(TUNING_SEEDS), seeds=self.seeds, epochs=self.epochs)
+        counts = {"finalists": FINALISTS, "more": len(TUNING_SEEDS) - 1, "seeds": self.seeds, "epochs": self.epochs}
+        return PROTOCOL.format(lrs=lrs, decays=decays, **counts)
 
     # -- choosing hyperparameters --
 
     def tune(self, methods: Sequence[str]) -> None:
         """The trials on the validation split, in three stages."""
         pairs = [(source, method) for source in self.sources for method in methods]
-        for stage in range(3):
-            trials = [trial for pair in pairs for trial in self._trials(*pair, stage)]
-            self.complete([run for trial in trials for run in trial], f"choosing settings, {stage + 1} of 3")
+        for number, stage in enumerate((self._learning_rates, self._rest, self._finals), 1):
+            self.complete([run for pair in pairs for run in stage(*pair)], f"choosing settings, {number} of 3")
 
     def chosen(self, source: str, method: str) -> Run:
         """The best setting, as the run of seed 0 that reads the test split."""
-        return dataclasses.replace(self._best(self._trials(source, method, 2)), seed=0, split="test")
+        finals = self._finals(source, method)
+        trials = [finals[i : i + len(TUNING_SEEDS)] for i in range(0, len(finals), len(TUNING_SEEDS))]
+        best = max(trials, key=lambda trial: statistics.mean(map(self._validation, trial)))[0]
+        return dataclasses.replace(best, seed=0, split="test")
 
-    def _trials(self, source: str, method: str, stage: int) -> list[list[Run]]:
-        """What is compared at a stage: runs that differ in one setting, the rest the best of the stages before."""
-        has_own = METHODS[method].own is not None
-        if stage == 0:
-            own, decay = (METHODS[method].candidates[1], DECAYS[0]) if has_own else (None, DECAYS[1])
-            start = Run(source, method, LRS[0], decay, own, 0, "validation", epochs=self.epochs)
-            settings = [dataclasses.replace(start, lr=lr) for lr in LRS]
+    def _learning_rates(self, source: str, method: str) -> list[Run]:
+        own = METHODS[method].candidates[1] if METHODS[method].own is not None else None
+        return [
+            Run(source, method, lr, DECAYS[1], own, TUNING_SEEDS[0], "validation", epochs=self.epochs) for lr in LRS
+        ]
+
+    def _rest(self, source: str, method: str) -> list[Run]:
+        best = max(self._learning_rates(source, method), key=self._validation)
+        if METHODS[method].own is not None:
+            settings = [dataclasses.replace(best, own=own) for own in METHODS[method].candidates]
         else:
-            best = self._best(self._trials(source, method, stage - 1))
-            if stage == 1 and has_own:
-                settings = [dataclasses.replace(best, own=own) for own in METHODS[method].candidates]
-            elif stage == 1 or has_own:
-                settings = [dataclasses.replace(best, weight_decay=decay) for decay in DECAYS]
-            else:
-                settings = [dataclasses.replace(best, lr=round(best.lr * factor, 6)) for factor in FINER]
-        return [[dataclasses.replace(setting, seed=seed) for seed in TUNING_SEEDS] for setting in settings]
+            settings = [dataclasses.replace(best, lr=round(best.lr * factor, 6)) for factor in FINER]
+        return [dataclasses.replace(setting, weight_decay=decay) for setting in settings for decay in DECAYS]
 
-    def _best(self, trials: list[list[Run]]) -> Run:
-        """One run of the trial with the highest mean validation accuracy; one that diverged counts as 0."""
-        return max(trials, key=lambda trial: statistics.mean(self.results[r].get("validation", 0.0) for r in trial))[0]
+    def _finals(self, source: str, method: str) -> list[Run]:
+        """The best trials, seed by seed."""
+        trials = dict.fromkeys(self._learning_rates(source, method) + self._rest(source, method))
+        best = sorted(trials, key=self._validation, reverse=True)[:FINALISTS]
+        return [dataclasses.replace(run, seed=seed) for run in best for seed in TUNING_SEEDS]
+
+    def _validation(self, run: Run) -> float:
+        """Its accuracy; that of a run that diverged is 0."""
+        return self.results[run].get("validation", 0.0)
 
     # -- runs and their values --
 
@@ -148,10 +156,11 @@ def table1(e: Evidence) -> None:
                 None if last is None else best - last
                 for best, last in zip(e.values(runs, "validation"), e.values(runs, "last_validation"), strict=True)
             ]
-            together = [percent(fused[source, m]), percent(e.values(runs, "macro_f1")), percent(drops)]
+            together = [percent(fused[source, m]), percent(e.values(runs, "macro_f1"))]
+            together += [percent(e.values(runs, "validation")), percent(drops)]
             rows.append([METHODS[m].title, setting, *each, *together, METHODS[m].unimodal])
         columns = ["method", "chosen", *modalities_of(source), "together", "macro F1"]
-        columns += ["validation accuracy lost after the best epoch", "one modality alone is"]
+        columns += ["validation", "lost there after the best epoch", "one modality alone is"]
         tables.append(Table(f"{name_of(source)}: each modality alone", columns, rows))
     text = f"{e.protocol} FiLM and BiGated are defined for two modalities; `methods.py` says what is made of three."
     write(e.out / "table1", "Table 1: methods and datasets", text, tables)

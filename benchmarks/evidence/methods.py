@@ -379,7 +379,7 @@ class Method:
 
 HEAD, COLUMNS = "the modality's head", "the modality's columns of the head, plus b/M"
 PROBE, SHARED = "a linear probe of its features", "the shared head"
-ALPHAS = ("alpha", (0.01, 0.1, 1.0))
+ALPHAS = ("alpha", (0.01, 1.0, 100.0, 10000.0))  # the last projects next to nothing
 
 METHODS = {
     "sum": Method("Sum", build_heads(Sum), HEAD),
@@ -387,15 +387,15 @@ METHODS = {
     "late": Method("Late fusion", build_heads(LateFusion), HEAD),
     "film": Method("FiLM", build_probed(FiLM), PROBE),
     "bigated": Method("BiGated", build_probed(BiGated), PROBE),
-    "ogm-ge": Method("OGM-GE", build_ogm_ge, COLUMNS, "alpha", (0.1, 0.4, 0.8)),
-    "qmf": Method("QMF", build_qmf, HEAD, "rank weight", (0.1, 0.3, 1.0)),
-    "mmin": Method("MMIN", build_mmin, "the model, all others missing", "imagination weight", (1.0, 4.0, 16.0)),
+    "ogm-ge": Method("OGM-GE", build_ogm_ge, COLUMNS, "alpha", (0.1, 0.3, 0.5, 0.8)),
+    "qmf": Method("QMF", build_qmf, HEAD, "rank weight", (0.1, 0.3, 1.0, 3.0)),
+    "mmin": Method("MMIN", build_mmin, "the model, all others missing", "imagination weight", (1.0, 4.0, 16.0, 64.0)),
     "alternating": Method("Alternation alone", build_alternating, SHARED),
     "released": Method("Released code, projection on", build_released, SHARED),
     "mla": Method("MLA", build_mla, SHARED, *ALPHAS),
     "mla-before": Method("MLA, absorb before", build_mla_before, SHARED, *ALPHAS),
     "mla-undecayed": Method("MLA, head not decayed", build_mla_undecayed, SHARED, *ALPHAS),
-    "mla-forget": Method("MLA, forget", build_mla_forget, SHARED, "forget", (1e-3, 1e-2, 1e-1)),
+    "mla-forget": Method("MLA, forget", build_mla_forget, SHARED, "forget", (1e-3, 1e-2, 1e-1, 3e-1)),
     "sum-shared": Method("Sum, one shared head", build_heads(Sum, shared=True), SHARED),
     "late-shared": Method("Late fusion, one shared head", build_heads(LateFusion, shared=True), SHARED),
 }
