@@ -25,6 +25,13 @@ def _name(of_torch: torch.dtype | torch.layout) -> str:
     return str(of_torch).removeprefix("torch.")
 
 
+def _fits(shape: torch.Size, wanted: tuple[int | str, ...]) -> bool:
+    return shape == wanted or (
+        len(shape) == len(wanted)
+        and all(isinstance(size, str) or size == have for size, have in zip(wanted, shape, strict=True))
+    )
+
+
 def check_tensor(
     name: str,
     value: Any,
@@ -38,7 +45,7 @@ def check_tensor(
     """
     if (
         isinstance(value, Tensor)
-        and value.shape == shape
+        and _fits(value.shape, shape)
         and value.dtype in dtypes
         and value.layout == torch.strided
         and (device is None or value.device == device)
@@ -48,9 +55,7 @@ def check_tensor(
     if not isinstance(value, Tensor) or value.layout != torch.strided or value.dtype not in dtypes:
         kinds = " or ".join(map(_name, dtypes))
         raise TypeError(f"{name}: expected a dense {wanted} tensor of {kinds}, got {describe(value)}")
-    if len(shape) != value.dim() or any(
-        size != have for size, have in zip(shape, value.shape, strict=True) if not isinstance(size, str)
-    ):
+    if not _fits(value.shape, shape):
         raise ValueError(f"{name}: expected shape {wanted}, got {describe(value)}")
     if device is not None and value.device != device:
         raise ValueError(f"{name}: expected a tensor on {device}, got {describe(value)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -101,6 +102,7 @@ class ProjectedSGD(Optimizer):
         self.process_group = process_group
         self._observed: dict[Tensor, Observation] = {}
         self._pending: dict[Tensor, Pending] = {}
+        self._checked_groups: dict[int, tuple[list[Any], Hyperparameters]] = {}
         defaults = {name: getattr(hyper, name) for name in _HYPERPARAMETERS}
         super().__init__(params, defaults | {"capturable": capturable, "foreach": foreach, "fused": fused})
 
@@ -240,8 +242,8 @@ class ProjectedSGD(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self.settle()
-        own = {"backend": self.backend, "process_group": self.process_group, "_observed": {}, "_pending": {}}
-        return super().__getstate__() | own
+        own = {"backend": self.backend, "process_group": self.process_group}
+        return super().__getstate__() | own | {name: {} for name in ("_observed", "_pending", "_checked_groups")}
 
     def _record(self, weight: Tensor, head: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
         if not (head.training and torch.is_grad_enabled() and weight.requires_grad):
@@ -290,6 +292,18 @@ class ProjectedSGD(Optimizer):
             state["momentum_buffer"] = torch.zeros_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
         state["projection"] = _set_to_identity(torch.empty(2 * weight.shape[1:], dtype=dtype, device=weight.device))
 
+    def _checked(self, index: int, group: dict[str, Any]) -> Hyperparameters:
+        """The group's hyperparameters, checked anew when one of them is another object than at the last step."""
+        values = [group[name] for name in _HYPERPARAMETERS]
+        known = self._checked_groups.get(index)
+        if known is not None and all(map(operator.is_, values, known[0])) and not torch.compiler.is_compiling():
+            return known[1]
+        hyper = Hyperparameters(*values)
+        _checks.check_hyperparameters(hyper)
+        if not torch.compiler.is_compiling():
+            self._checked_groups[index] = values, hyper
+        return hyper
+
     def _pending_of(self, weight: Tensor, hyper: Hyperparameters) -> Pending | None:
         """Where the update of P can wait: in the CPU's kernels, with nothing but the rank-one update to make."""
         waits = backends.choose(self.backend, weight.device) is backends.cpu and not torch.compiler.is_compiling()
@@ -309,9 +323,8 @@ class ProjectedSGD(Optimizer):
         """
         heads: list[tuple[dict, Hyperparameters, Tensor]] = []
         plain: list[tuple[dict, list[Tensor]]] = []
-        for group in self.param_groups:
-            hyper = _hyperparameters(group)
-            _checks.check_hyperparameters(hyper)
+        for index, group in enumerate(self.param_groups):
+            hyper = self._checked(index, group)
             params = [param for param in group["params"] if param.grad is not None]
             heads += [(group, hyper, param) for param in params if "projection" in self.state.get(param, {})]
             plain.append((group, [param for param in params if "projection" not in self.state.get(param, {})]))

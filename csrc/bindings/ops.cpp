@@ -37,12 +37,20 @@ double scalar(const std::optional<Tensor>& tensor, const char* name, double othe
   return *static_cast<const float*>(tensor->data_ptr());
 }
 
+Tensor narrow_rows(const Tensor& matrix, int64_t first, int64_t count) {
+  Tensor whole = matrix;
+  return torch::stable::narrow(whole, 0, first, count);
+}
+
+// Into the rows of a matrix from `first` on, whatever the dtype.
+void copy_rows(const Tensor& matrix, int64_t first, const Tensor& rows) {
+  Tensor into = narrow_rows(matrix, first, rows.dim() == 1 ? 1 : rows.size(0));
+  torch::stable::copy_(into, rows);
+}
+
 void parallel_for(int64_t begin, int64_t end, int64_t grain, mla_ext::cpu::Body body, void* context) {
   torch::stable::parallel_for(begin, end, grain, [&](int64_t first, int64_t last) { body(first, last, context); });
 }
-
-// From so many classes on BLAS makes G P faster than the kernels do (benchmarks/NOTES.md).
-constexpr int64_t kClassesForBlas = 32;
 
 mla_ext::cpu::Pending pending_of(const Tensor& projection, const Tensor& pending, const Tensor& count) {
   check_pending(projection, pending, count, kDevice);
@@ -51,17 +59,32 @@ mla_ext::cpu::Pending pending_of(const Tensor& projection, const Tensor& pending
   return {pending.data_ptr(), pending.size(0), waiting};
 }
 
-// Z = G P by BLAS; where the gradient comes in factors, G = output_grad^T features, from the thinner features P.
-void project(const Tensor& grad, const Tensor& projection, const mla_ext::cpu::Pending& pending,
-             const std::optional<Tensor>& features, const std::optional<Tensor>& output_grad, Tensor& Z) {
-  const Tensor X = features.has_value() ? *features : torch::stable::to(grad, projection.scalar_type());
-  Tensor XP = features.has_value() ? torch::stable::new_empty(projection, {X.size(0), X.size(1)}) : Z;
-  matmul_into(X, projection, XP);
-  if (pending.rows != nullptr) {
-    mla_ext::cpu::kernels().correct(dtype_of(projection, "projection"), X.data_ptr(), XP.data_ptr(), X.size(0),
-                                    X.size(1), pending, parallel_for);
+// projected = [G P; h B]. Where the gradient comes in factors, G = output_grad^T features, from the thinner features P.
+void project(const Tensor& grad, const Tensor& projection, const std::optional<Tensor>& feature_mean,
+             const mla_ext::cpu::Pending& pending, const std::optional<Tensor>& features,
+             const std::optional<Tensor>& output_grad, Tensor& projected) {
+  const mla_ext::cpu::Kernels& kernels = mla_ext::cpu::kernels();
+  const DType accumulate = dtype_of(projection, "projection");
+  const Tensor& X = features.has_value() ? *features : grad;
+  const int64_t n = X.size(0), s = X.size(1), rows = n + feature_mean.has_value();
+  Tensor stacked = torch::stable::new_empty(projection, {rows, s});
+  copy_rows(stacked, 0, X);
+  if (feature_mean.has_value()) copy_rows(stacked, n, *feature_mean);
+  Tensor product =
+      features.has_value() ? torch::stable::new_empty(projection, {rows, s}) : narrow_rows(projected, 0, rows);
+  if (mla_ext::cpu::blas_is_faster(rows)) {
+    matmul_into(stacked, projection, product);
+  } else {
+    kernels.product(accumulate, projection.data_ptr(), stacked.data_ptr(), rows, s, product.data_ptr(), parallel_for);
   }
-  if (features.has_value()) matmul_into(torch::stable::transpose(*output_grad, 0, 1), XP, Z);
+  if (pending.rows != nullptr) {
+    kernels.correct(accumulate, stacked.data_ptr(), product.data_ptr(), n, s, pending, parallel_for);
+  }
+  if (!features.has_value()) return;
+  const int64_t C = grad.size(0);
+  Tensor Z = narrow_rows(projected, 0, C);
+  matmul_into(torch::stable::transpose(*output_grad, 0, 1), narrow_rows(product, 0, n), Z);
+  if (feature_mean.has_value()) copy_rows(projected, C, narrow_rows(product, n, 1));
 }
 
 Tensor feature_mean(const Tensor& features) {
@@ -122,7 +145,8 @@ void head_step_(Tensor weight, const Tensor& grad, std::optional<Tensor> momentu
                                    momentum,
                                    dampening,
                                    weight_decay};
-  if (C >= kClassesForBlas) {
+  if (features.has_value() || mla_ext::cpu::blas_is_faster(C)) {
+    std::optional<Tensor> h = feature_mean;
     if (absorb_before && feature_mean.has_value()) {
       const DType accumulate = dtype_of(projection, "projection");
       if (pending.rows != nullptr) {
@@ -130,9 +154,9 @@ void head_step_(Tensor weight, const Tensor& grad, std::optional<Tensor> momentu
       }
       mla_ext::cpu::kernels().rls_update(accumulate, rls, parallel_for);
       arguments.rls.feature_mean = nullptr;
+      h.reset();
     }
-    Tensor Z = torch::stable::narrow(projected, 0, 0, C);
-    project(grad, projection, pending, features, output_grad, Z);
+    project(grad, projection, h, pending, features, output_grad, projected);
     arguments.is_projected = true;
   }
   mla_ext::cpu::kernels().head_step(dtype, arguments, parallel_for);

@@ -78,20 +78,20 @@ void head_step(const HeadStep& step, ParallelFor parallel_for) {
   A* Z = static_cast<A*>(step.projected);
   A* k = Z + C * s;
   constexpr bool kWiden = sizeof(T) < sizeof(A);
-  Scratch<A> widened(kWiden ? C * s : 0);
+  const bool projects = !step.is_projected;
+  Scratch<A> widened(kWiden && projects ? C * s : 0);
   Scratch<const A*> X(C + 1);
-  int64_t n = 0;
-  if (!step.is_projected) {
-    const T* G = static_cast<const T*>(step.grad);
-    if constexpr (kWiden) widen(G, widened.get(), C * s);
-    for (; n < C; ++n) X[n] = (kWiden ? widened.get() : reinterpret_cast<const A*>(G)) + n * s;
-  }
-  A* out = n > 0 ? Z : k;
-  if (h != nullptr) X[n++] = h;
   const int64_t blocks = (s + kRows - 1) / kRows;
   const auto row_end = [s](int64_t block) { return block * kRows < s ? block * kRows : s; };
-  parallel(parallel_for, n > 0 ? blocks : 0, kWorkPerTask / (n * s * kRows + 1),
-           [&](int64_t begin, int64_t end) { product<A>(P, X.get(), n, s, begin * kRows, row_end(end), out, s); });
+  if (projects) {
+    const T* G = static_cast<const T*>(step.grad);
+    if constexpr (kWiden) widen(G, widened.get(), C * s);
+    for (int64_t c = 0; c < C; ++c) X[c] = (kWiden ? widened.get() : reinterpret_cast<const A*>(G)) + c * s;
+    X[C] = h;
+    const int64_t n = h == nullptr ? C : C + 1;
+    parallel(parallel_for, blocks, kWorkPerTask / (n * s * kRows),
+             [&](int64_t begin, int64_t end) { product<A>(P, X.get(), n, s, begin * kRows, row_end(end), Z, s); });
+  }
 
   if (K != nullptr) return defer<T, A>(step, X.get(), Z, parallel_for);
 

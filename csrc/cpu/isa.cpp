@@ -57,6 +57,16 @@ const Isa& chosen() {
 
 const Kernels& kernels() { return *chosen().kernels; }
 
+bool blas_is_faster(int64_t rows) {
+#ifdef MLA_EXT_HAVE_X86
+  // MKL, which PyTorch brings, keeps to AVX2 on AMD processors (benchmarks/NOTES.md).
+  static const bool is_slower = chosen().kernels == &avx512::kernels && __builtin_cpu_is("amd");
+#else
+  static const bool is_slower = false;
+#endif
+  return rows >= 32 && !is_slower;
+}
+
 const char* isa_name() { return chosen().name; }
 
 }  // namespace mla_ext::cpu

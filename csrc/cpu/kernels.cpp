@@ -6,6 +6,7 @@
 #include "feature_mean.h"
 #include "head_step.h"
 #include "pending.h"
+#include "product.h"
 #include "rls_update.h"
 
 namespace mla_ext::cpu::MLA_EXT_ISA {
@@ -39,6 +40,13 @@ void any_head_step(DType dtype, const HeadStep& step, ParallelFor parallel_for) 
   dispatch(dtype, [&](auto t) { head_step<decltype(t)>(step, parallel_for); });
 }
 
+void any_product(DType accumulate, const void* projection, const void* X, int64_t n, int64_t s, void* out,
+                 ParallelFor parallel_for) {
+  dispatch(accumulate, [&](auto t) {
+    product_of_all<typename Accumulate<decltype(t)>::type>(projection, X, n, s, out, parallel_for);
+  });
+}
+
 void any_fold(DType accumulate, void* projection, int64_t s, const Pending& pending, ParallelFor parallel_for) {
   dispatch(accumulate, [&](auto t) {
     using A = typename Accumulate<decltype(t)>::type;
@@ -59,6 +67,7 @@ void any_entropy_fusion(DType dtype, const EntropyFusion& fusion, ParallelFor pa
 }  // namespace
 
 extern const Kernels kernels;
-const Kernels kernels = {any_feature_mean, any_rls_update, any_head_step, any_fold, any_correct, any_entropy_fusion};
+const Kernels kernels = {any_feature_mean, any_rls_update, any_head_step,     any_product,
+                         any_fold,         any_correct,    any_entropy_fusion};
 
 }  // namespace mla_ext::cpu::MLA_EXT_ISA

@@ -39,7 +39,7 @@ struct HeadStep {
   void* weight;           // (C, s), in place
   const void* grad;       // (C, s), in the dtype of weight
   void* momentum_buffer;  // A (C, s), in place, or null: no momentum
-  void* projected;        // A (C + 1, s), workspace for [G; h] P; with `is_projected` it holds G P already
+  void* projected;        // A (C + 1, s), workspace for [G; h] P; with `is_projected` it holds [G P; h B] already
   bool is_projected;
   Pending pending;  // without forgetting and normalisation only; "before" not with `is_projected`
   bool is_first;    // the momentum buffer starts as the gradient
@@ -67,6 +67,9 @@ struct Kernels {
   void (*feature_mean)(DType dtype, const void* features, void* mean, int64_t N, int64_t s, ParallelFor parallel_for);
   void (*rls_update)(DType accumulate, const RlsUpdate& update, ParallelFor parallel_for);
   void (*head_step)(DType dtype, const HeadStep& step, ParallelFor parallel_for);
+  // out = X B, for n rows of X and `out`.
+  void (*product)(DType accumulate, const void* projection, const void* X, int64_t n, int64_t s, void* out,
+                  ParallelFor parallel_for);
   // Makes the updates that wait.
   void (*fold)(DType accumulate, void* projection, int64_t s, const Pending& pending, ParallelFor parallel_for);
   // From Z = X B to X P, for n rows of X and Z.

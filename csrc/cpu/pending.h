@@ -2,13 +2,9 @@
 // many steps, and read once a step.
 #pragma once
 
-#include "kernels.h"
 #include "product.h"
-#include "scratch.h"
 
 namespace mla_ext::cpu::MLA_EXT_ISA {
-
-constexpr int64_t kWorkPerTask = 32768;  // multiply-adds that repay handing a piece of work to a thread
 
 // z = x B becomes x P, with the first `count` rows u of K; the last one counts with `last_sign`. `dots` has room for
 // count.

@@ -1,9 +1,13 @@
 // The product X P of a few rows X with the symmetric P, as dot products with P's rows.
 #pragma once
 
+#include "kernels.h"
+#include "scratch.h"
 #include "vector.h"
 
 namespace mla_ext::cpu::MLA_EXT_ISA {
+
+constexpr int64_t kWorkPerTask = 1 << 18;  // multiply-adds that repay handing a piece of work to a thread
 
 // How many rows of P and of X meet in registers: kRows * kColumns sums, and the operands, fill the register file.
 #if defined(__AVX512F__)
@@ -53,20 +57,41 @@ void dots_of_rest(const A* P, const A* const* X, int rest, int64_t s, A* out, in
   }
 }
 
-// The same for any number of rows of X.
-template <class A, int R>
-void dots_with_all(const A* P, const A* const* X, int64_t n, int64_t s, A* out, int64_t stride) {
-  int64_t q = 0;
-  for (; q + kColumns <= n; q += kColumns) dots<A, R, kColumns>(P, X + q, s, out + q * stride, stride);
-  dots_of_rest<A, R, kColumns - 1>(P, X + q, int(n - q), s, out + q * stride, stride);
+// The same for at most kColumns rows of X, and the rows [begin, end) of P.
+template <class A>
+void dots_of_rows(const A* P, const A* const* X, int columns, int64_t s, int64_t begin, int64_t end, A* out,
+                  int64_t stride) {
+  int64_t i = begin;
+  for (; i + kRows <= end; i += kRows) dots_of_rest<A, kRows, kColumns>(P + i * s, X, columns, s, out + i, stride);
+  for (; i < end; ++i) dots_of_rest<A, 1, kColumns>(P + i * s, X, columns, s, out + i, stride);
 }
 
 // out[q * stride + i] = (X P)[q][i] for the columns [begin, end): P is symmetric, so column i is row i.
 template <class A>
 void product(const A* P, const A* const* X, int64_t n, int64_t s, int64_t begin, int64_t end, A* out, int64_t stride) {
-  int64_t i = begin;
-  for (; i + kRows <= end; i += kRows) dots_with_all<A, kRows>(P + i * s, X, n, s, out + i, stride);
-  for (; i < end; ++i) dots_with_all<A, 1>(P + i * s, X, n, s, out + i, stride);
+  constexpr int64_t kBytesOfP = 256 * 1024;  // stay in the L2 cache while all rows of X meet them
+  const int64_t rows = kBytesOfP / (s * int64_t(sizeof(A))) / kRows * kRows, step = rows > 0 ? rows : kRows;
+  for (int64_t i = begin; i < end; i += step) {
+    const int64_t stop = i + step < end ? i + step : end;
+    for (int64_t q = 0; q < n; q += kColumns) {
+      const int columns = int(n - q < kColumns ? n - q : kColumns);
+      dots_of_rows<A>(P, X + q, columns, s, i, stop, out + q * stride, stride);
+    }
+  }
+}
+
+// out = X P, all rows, with the rows of X and of `out` one after the other.
+template <class A>
+void product_of_all(const void* projection, const void* rows, int64_t n, int64_t s, void* out,
+                    ParallelFor parallel_for) {
+  const A* P = static_cast<const A*>(projection);
+  Scratch<const A*> X(n);
+  for (int64_t q = 0; q < n; ++q) X[q] = static_cast<const A*>(rows) + q * s;
+  const int64_t blocks = (s + kRows - 1) / kRows;
+  parallel(parallel_for, blocks, kWorkPerTask / (n * s * kRows), [&](int64_t begin, int64_t end) {
+    const int64_t stop = end * kRows < s ? end * kRows : s;
+    product<A>(P, X.get(), n, s, begin * kRows, stop, static_cast<A*>(out), s);
+  });
 }
 
 }  // namespace mla_ext::cpu::MLA_EXT_ISA

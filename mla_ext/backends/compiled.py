@@ -9,17 +9,22 @@ from .. import _fakes, _library
 from ..pending import Pending
 from ..reference import Hyperparameters
 
-_ops = torch.ops.mla_ext
 if _library.load_error is None:
     _fakes.register()
+    # The overloads themselves: finding them by the arguments takes half of a call's time.
+    _feature_mean = torch.ops.mla_ext.feature_mean.default
+    _rls_update_ = torch.ops.mla_ext.rls_update_.default
+    _head_step_ = torch.ops.mla_ext.head_step_.default
+    _fold_ = torch.ops.mla_ext.fold_.default
+    _entropy_fusion = torch.ops.mla_ext.entropy_fusion.default
 
 
 def feature_mean(features: Tensor) -> Tensor:
-    return _ops.feature_mean(features)
+    return _feature_mean(features)
 
 
 def rls_update_(projection: Tensor, feature_mean: Tensor, alpha: float, forget: float, normalize: bool) -> None:
-    _ops.rls_update_(projection, feature_mean, float(alpha), float(forget), normalize)
+    _rls_update_(projection, feature_mean, float(alpha), float(forget), normalize)
 
 
 def head_step_(
@@ -38,7 +43,7 @@ def head_step_(
     """Only the CPU kernels take `pending` and `factors`, features (N, s) and output_grad (N, C) of grad."""
     lr, lr_tensor = _number_or_tensor(hyper.lr, weight.device)
     alpha, alpha_tensor = _number_or_tensor(hyper.alpha, weight.device)
-    _ops.head_step_(
+    _head_step_(
         weight,
         grad,
         momentum_buffer,
@@ -65,11 +70,11 @@ def head_step_(
 
 
 def fold_(projection: Tensor, pending: Pending) -> None:
-    _ops.fold_(projection, pending.rows, pending.count)
+    _fold_(projection, pending.rows, pending.count)
 
 
 def entropy_fusion(logits: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
-    return _ops.entropy_fusion(logits, present)
+    return _entropy_fusion(logits, present)
 
 
 def _number_or_tensor(value: float | Tensor, device: torch.device) -> tuple[float, Tensor | None]:
