@@ -22,7 +22,7 @@ from .reference import Hyperparameters, accumulate_dtype
 from .sharding import check_sharding, local_shards
 
 _HYPERPARAMETERS = tuple(Hyperparameters.__dataclass_fields__)
-CLASSES_FOR_BLAS = 32  # from as many on the CPU's kernels leave G P to BLAS (csrc/bindings/ops.cpp)
+CLASSES_FOR_FACTORS = 32  # with fewer the product G P takes the time of reading P, whatever its rows
 
 
 class ProjectedSGD(Optimizer):
@@ -192,7 +192,8 @@ class ProjectedSGD(Optimizer):
             # since torch.compile drops the assignment of an optimizer's attribute.
             self._observed.clear()
         for group, params in plain_groups:
-            self._plain_step(group, params, grad_scale, found_inf)
+            if params:
+                self._plain_step(group, params, grad_scale, found_inf)
         for arguments, extras in head_steps:
             ops.run_head_step_(*arguments, grad_scale, found_inf, self.backend, *extras)
         return loss
@@ -259,8 +260,8 @@ class ProjectedSGD(Optimizer):
         """Whether Δᵀ(X P), and the proof that the gradient is ΔᵀX, take clearly less work than G P."""
         (C, s), N = weight.shape, len(features)
         return (
-            C >= CLASSES_FOR_BLAS
-            and N * (s + 2 * C) < 0.8 * C * s
+            C >= CLASSES_FOR_FACTORS
+            and N * (s + 4 * C) < 0.8 * C * s  # two products with Δ, at half the speed of those with P
             and type(weight) is nn.Parameter
             and weight.dtype == features.dtype == output.dtype == accumulate_dtype(weight.dtype)
             and self._observed[weight].count == N
