@@ -43,7 +43,7 @@ class Observation:
         features, output_grad = self.features, self.output_grad
         if features is None or output_grad is None or not torch.equal(output_grad.t() @ features, grad):
             return None
-        return features, output_grad.contiguous()
+        return features.contiguous(), output_grad.contiguous()
 
 
 def observe(features: Tensor, dtype: torch.dtype, backend: str) -> Observation:

@@ -260,9 +260,10 @@ def test_a_plain_step_uses_them_and_is_right(used, absorb, dtype):
     assert_close(optimizer.projection(head.weight), P)
 
 
-def test_inputs_with_more_dimensions_use_them(used):
+@pytest.mark.parametrize("inputs", [randn(2, 4, 64), randn(64, 8).t()], ids=["three dimensions", "transposed"])
+def test_inputs_of_any_layout_use_them(used, inputs):
     head, optimizer = make(**WIDE)
-    head(randn(2, 4, 64)).square().sum().backward()
+    head(inputs).square().sum().backward()
     grad, before = head.weight.grad.clone(), head.weight.detach().clone()
     optimizer.step()
     assert used == [True]

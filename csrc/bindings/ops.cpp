@@ -37,15 +37,9 @@ double scalar(const std::optional<Tensor>& tensor, const char* name, double othe
   return *static_cast<const float*>(tensor->data_ptr());
 }
 
-Tensor narrow_rows(const Tensor& matrix, int64_t first, int64_t count) {
+Tensor rows(const Tensor& matrix, int64_t first, int64_t count) {
   Tensor whole = matrix;
   return torch::stable::narrow(whole, 0, first, count);
-}
-
-// Into the rows of a matrix from `first` on, whatever the dtype.
-void copy_rows(const Tensor& matrix, int64_t first, const Tensor& rows) {
-  Tensor into = narrow_rows(matrix, first, rows.dim() == 1 ? 1 : rows.size(0));
-  torch::stable::copy_(into, rows);
 }
 
 void parallel_for(int64_t begin, int64_t end, int64_t grain, mla_ext::cpu::Body body, void* context) {
@@ -60,31 +54,28 @@ mla_ext::cpu::Pending pending_of(const Tensor& projection, const Tensor& pending
 }
 
 // projected = [G P; h B]. Where the gradient comes in factors, G = output_grad^T features, from the thinner features P.
-void project(const Tensor& grad, const Tensor& projection, const std::optional<Tensor>& feature_mean,
-             const mla_ext::cpu::Pending& pending, const std::optional<Tensor>& features,
-             const std::optional<Tensor>& output_grad, Tensor& projected) {
+void project(const Tensor& grad, const Tensor& projection, const void* h, const mla_ext::cpu::Pending& pending,
+             const std::optional<Tensor>& features, const std::optional<Tensor>& output_grad, Tensor& projected) {
   const mla_ext::cpu::Kernels& kernels = mla_ext::cpu::kernels();
   const DType accumulate = dtype_of(projection, "projection");
-  const Tensor& X = features.has_value() ? *features : grad;
-  const int64_t n = X.size(0), s = X.size(1), rows = n + feature_mean.has_value();
-  Tensor stacked = torch::stable::new_empty(projection, {rows, s});
-  copy_rows(stacked, 0, X);
-  if (feature_mean.has_value()) copy_rows(stacked, n, *feature_mean);
-  Tensor product =
-      features.has_value() ? torch::stable::new_empty(projection, {rows, s}) : narrow_rows(projected, 0, rows);
-  if (mla_ext::cpu::blas_is_faster(rows)) {
-    matmul_into(stacked, projection, product);
+  const Tensor X = features.has_value() ? *features : torch::stable::to(grad, projection.scalar_type());
+  const int64_t n = X.size(0), s = X.size(1), C = grad.size(0);
+  Tensor product = features.has_value() ? torch::stable::new_empty(projection, {n + 1, s}) : projected;
+  Tensor XP = rows(product, 0, n), k = rows(product, n, 1);
+  if (mla_ext::cpu::blas_is_faster(n)) {
+    matmul_into(X, projection, XP);
+    // Not by BLAS: the user may have allowed it to round as P h must not be.
+    kernels.project(accumulate, projection.data_ptr(), nullptr, 0, h, s, k.data_ptr(), parallel_for);
   } else {
-    kernels.product(accumulate, projection.data_ptr(), stacked.data_ptr(), rows, s, product.data_ptr(), parallel_for);
+    kernels.project(accumulate, projection.data_ptr(), X.data_ptr(), n, h, s, product.data_ptr(), parallel_for);
   }
   if (pending.rows != nullptr) {
-    kernels.correct(accumulate, stacked.data_ptr(), product.data_ptr(), n, s, pending, parallel_for);
+    kernels.correct(accumulate, X.data_ptr(), XP.data_ptr(), n, s, pending, parallel_for);
   }
   if (!features.has_value()) return;
-  const int64_t C = grad.size(0);
-  Tensor Z = narrow_rows(projected, 0, C);
-  matmul_into(torch::stable::transpose(*output_grad, 0, 1), narrow_rows(product, 0, n), Z);
-  if (feature_mean.has_value()) copy_rows(projected, C, narrow_rows(product, n, 1));
+  Tensor Z = rows(projected, 0, C), k_of_step = rows(projected, C, 1);
+  matmul_into(torch::stable::transpose(*output_grad, 0, 1), XP, Z);
+  if (h != nullptr) torch::stable::copy_(k_of_step, k);
 }
 
 Tensor feature_mean(const Tensor& features) {
@@ -146,7 +137,6 @@ void head_step_(Tensor weight, const Tensor& grad, std::optional<Tensor> momentu
                                    dampening,
                                    weight_decay};
   if (features.has_value() || mla_ext::cpu::blas_is_faster(C)) {
-    std::optional<Tensor> h = feature_mean;
     if (absorb_before && feature_mean.has_value()) {
       const DType accumulate = dtype_of(projection, "projection");
       if (pending.rows != nullptr) {
@@ -154,9 +144,8 @@ void head_step_(Tensor weight, const Tensor& grad, std::optional<Tensor> momentu
       }
       mla_ext::cpu::kernels().rls_update(accumulate, rls, parallel_for);
       arguments.rls.feature_mean = nullptr;
-      h.reset();
     }
-    project(grad, projection, h, pending, features, output_grad, projected);
+    project(grad, projection, arguments.rls.feature_mean, pending, features, output_grad, projected);
     arguments.is_projected = true;
   }
   mla_ext::cpu::kernels().head_step(dtype, arguments, parallel_for);

@@ -32,7 +32,7 @@ void sgd(const HeadStep& step, const A* projected, int64_t begin, int64_t end) {
 
 // The rest of a step whose update of P waits, from Z = [G; h] B on: Z becomes [G; h] P, and u joins the rows of K.
 template <class T, class A>
-void defer(const HeadStep& step, const A* const* X, A* Z, ParallelFor parallel_for) {
+void defer(const HeadStep& step, const A* G, A* Z, ParallelFor parallel_for) {
   const int64_t s = step.rls.s, C = step.C;
   A* K = static_cast<A*>(step.pending.rows);
   const A* h = static_cast<const A*>(step.rls.feature_mean);
@@ -51,7 +51,7 @@ void defer(const HeadStep& step, const A* const* X, A* Z, ParallelFor parallel_f
   parallel(parallel_for, C, kWorkPerTask / (2 * s * (used + 1)), [&](int64_t begin, int64_t end) {
     Scratch<A> dots(used);
     for (int64_t c = begin; c < end; ++c) {
-      if (!step.is_projected) correct_row(X[c], Z + c * s, s, K, used, last_sign, dots.get());
+      if (!step.is_projected) correct_row(G + c * s, Z + c * s, s, K, used, last_sign, dots.get());
       sgd<T, A>(step, Z, c * s, (c + 1) * s);
     }
   });
@@ -74,34 +74,23 @@ void head_step(const HeadStep& step, ParallelFor parallel_for) {
     h = nullptr;
   }
 
-  // X = [G; h]: one pass over P makes both Z = G P and k = P h.
   A* Z = static_cast<A*>(step.projected);
   A* k = Z + C * s;
   constexpr bool kWiden = sizeof(T) < sizeof(A);
-  const bool projects = !step.is_projected;
-  Scratch<A> widened(kWiden && projects ? C * s : 0);
-  Scratch<const A*> X(C + 1);
-  const int64_t blocks = (s + kRows - 1) / kRows;
-  const auto row_end = [s](int64_t block) { return block * kRows < s ? block * kRows : s; };
-  if (projects) {
-    const T* G = static_cast<const T*>(step.grad);
-    if constexpr (kWiden) widen(G, widened.get(), C * s);
-    for (int64_t c = 0; c < C; ++c) X[c] = (kWiden ? widened.get() : reinterpret_cast<const A*>(G)) + c * s;
-    X[C] = h;
-    const int64_t n = h == nullptr ? C : C + 1;
-    parallel(parallel_for, blocks, kWorkPerTask / (n * s * kRows),
-             [&](int64_t begin, int64_t end) { product<A>(P, X.get(), n, s, begin * kRows, row_end(end), Z, s); });
+  Scratch<A> widened(kWiden && !step.is_projected ? C * s : 0);
+  const A* G = kWiden ? widened.get() : static_cast<const A*>(step.grad);
+  if (!step.is_projected) {
+    if constexpr (kWiden) widen(static_cast<const T*>(step.grad), widened.get(), C * s);
+    project<A>(P, G, C, h, s, Z, parallel_for);  // k = P h comes with G P
   }
 
-  if (K != nullptr) return defer<T, A>(step, X.get(), Z, parallel_for);
+  if (K != nullptr) return defer<T, A>(step, G, Z, parallel_for);
 
   const RankOne<A> rank_one = h == nullptr ? RankOne<A>{0, false} : scale_to_u(k, h, s, A(step.rls.alpha));
-  parallel(parallel_for, blocks, kWorkPerTask / ((C + s) * kRows), [&](int64_t begin, int64_t end) {
-    sgd<T, A>(step, Z, begin * kRows * C, row_end(end) * C);
+  parallel(parallel_for, s, kWorkPerTask / (C + s), [&](int64_t begin, int64_t end) {
+    sgd<T, A>(step, Z, begin * C, end * C);
     if (!rank_one.absorbed) return;
-    for (int64_t i = begin * kRows; i < row_end(end); ++i) {
-      update_row(P + i * s, k, i, s, rank_one.sign, A(step.rls.forget));
-    }
+    for (int64_t i = begin; i < end; ++i) update_row(P + i * s, k, i, s, rank_one.sign, A(step.rls.forget));
   });
   if (rank_one.absorbed && step.rls.normalize) normalize(P, s, parallel_for);
 }

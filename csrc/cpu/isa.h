@@ -9,7 +9,7 @@ namespace mla_ext::cpu {
 // (baseline, avx2, avx512). Throws std::runtime_error when that one is unknown or cannot run here.
 const Kernels& kernels();
 
-// Whether PyTorch's BLAS makes a product of so many rows with P faster than kernels().product.
+// Whether PyTorch's BLAS makes a product of so many rows with P faster than kernels().project.
 bool blas_is_faster(int64_t rows);
 
 // The name of that instruction set.

@@ -40,10 +40,12 @@ void any_head_step(DType dtype, const HeadStep& step, ParallelFor parallel_for) 
   dispatch(dtype, [&](auto t) { head_step<decltype(t)>(step, parallel_for); });
 }
 
-void any_product(DType accumulate, const void* projection, const void* X, int64_t n, int64_t s, void* out,
-                 ParallelFor parallel_for) {
+void any_project(DType accumulate, const void* projection, const void* X, int64_t n, const void* h, int64_t s,
+                 void* out, ParallelFor parallel_for) {
   dispatch(accumulate, [&](auto t) {
-    product_of_all<typename Accumulate<decltype(t)>::type>(projection, X, n, s, out, parallel_for);
+    using A = typename Accumulate<decltype(t)>::type;
+    project<A>(static_cast<const A*>(projection), static_cast<const A*>(X), n, static_cast<const A*>(h), s,
+               static_cast<A*>(out), parallel_for);
   });
 }
 
@@ -67,7 +69,7 @@ void any_entropy_fusion(DType dtype, const EntropyFusion& fusion, ParallelFor pa
 }  // namespace
 
 extern const Kernels kernels;
-const Kernels kernels = {any_feature_mean, any_rls_update, any_head_step,     any_product,
+const Kernels kernels = {any_feature_mean, any_rls_update, any_head_step,     any_project,
                          any_fold,         any_correct,    any_entropy_fusion};
 
 }  // namespace mla_ext::cpu::MLA_EXT_ISA

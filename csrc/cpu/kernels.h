@@ -67,9 +67,9 @@ struct Kernels {
   void (*feature_mean)(DType dtype, const void* features, void* mean, int64_t N, int64_t s, ParallelFor parallel_for);
   void (*rls_update)(DType accumulate, const RlsUpdate& update, ParallelFor parallel_for);
   void (*head_step)(DType dtype, const HeadStep& step, ParallelFor parallel_for);
-  // out = X B, for n rows of X and `out`.
-  void (*product)(DType accumulate, const void* projection, const void* X, int64_t n, int64_t s, void* out,
-                  ParallelFor parallel_for);
+  // out = [X; h] B, for n rows of X, and h or null.
+  void (*project)(DType accumulate, const void* projection, const void* X, int64_t n, const void* h, int64_t s,
+                  void* out, ParallelFor parallel_for);
   // Makes the updates that wait.
   void (*fold)(DType accumulate, void* projection, int64_t s, const Pending& pending, ParallelFor parallel_for);
   // From Z = X B to X P, for n rows of X and Z.

@@ -80,17 +80,15 @@ void product(const A* P, const A* const* X, int64_t n, int64_t s, int64_t begin,
   }
 }
 
-// out = X P, all rows, with the rows of X and of `out` one after the other.
+// out = [X; h] P for n rows of X, one after the other as those of `out`, and h or null: one pass over P.
 template <class A>
-void product_of_all(const void* projection, const void* rows, int64_t n, int64_t s, void* out,
-                    ParallelFor parallel_for) {
-  const A* P = static_cast<const A*>(projection);
-  Scratch<const A*> X(n);
-  for (int64_t q = 0; q < n; ++q) X[q] = static_cast<const A*>(rows) + q * s;
-  const int64_t blocks = (s + kRows - 1) / kRows;
-  parallel(parallel_for, blocks, kWorkPerTask / (n * s * kRows), [&](int64_t begin, int64_t end) {
-    const int64_t stop = end * kRows < s ? end * kRows : s;
-    product<A>(P, X.get(), n, s, begin * kRows, stop, static_cast<A*>(out), s);
+void project(const A* P, const A* X, int64_t n, const A* h, int64_t s, A* out, ParallelFor parallel_for) {
+  Scratch<const A*> rows(n + 1);
+  for (int64_t q = 0; q < n; ++q) rows[q] = X + q * s;
+  rows[n] = h;
+  const int64_t count = h == nullptr ? n : n + 1, blocks = count == 0 ? 0 : (s + kRows - 1) / kRows;
+  parallel(parallel_for, blocks, kWorkPerTask / (count * s * kRows + 1), [&](int64_t begin, int64_t end) {
+    product<A>(P, rows.get(), count, s, begin * kRows, end * kRows < s ? end * kRows : s, out, s);
   });
 }
 

@@ -72,7 +72,7 @@ void rls_update(const RlsUpdate& update, ParallelFor parallel_for) {
   A* P = static_cast<A*>(update.projection);
   const A* h = static_cast<const A*>(update.feature_mean);
   Scratch<A> k(s);
-  product_of_all<A>(P, h, 1, s, k.get(), parallel_for);
+  project<A>(P, nullptr, 0, h, s, k.get(), parallel_for);
   const RankOne<A> rank_one = scale_to_u(k.get(), h, s, A(update.alpha));
   if (!rank_one.absorbed) return;
   parallel(parallel_for, s, grain, [&](int64_t begin, int64_t end) {
