@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import ops
+from . import backends
 
 
 @dataclass
@@ -47,8 +47,9 @@ class Observation:
 
 
 def observe(features: Tensor, dtype: torch.dtype, backend: str) -> Observation:
-    """The observation of one batch (N, s), its mean in `dtype`."""
-    return Observation(ops.feature_mean(features.detach(), backend=backend).to(dtype), len(features))
+    """The observation of one batch (N, s), which is checked already; its mean in `dtype`."""
+    mean = backends.choose(backend, features.device).feature_mean(features.detach().contiguous())
+    return Observation(mean.to(dtype), len(features))
 
 
 def average_over_ranks(

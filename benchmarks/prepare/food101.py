@@ -1,7 +1,7 @@
 """UPMC Food-101 (Wang et al. 2015): about 90 000 photographs of 101 dishes and the titles of their web pages.
 
-DIR/images/train/<class>/<class>_0.jpg and DIR/images/test likewise; DIR/texts/train_titles.csv and test_titles.csv,
-rows of image name, title and class, with or without a header.
+As in artelab's copy: DIR/images/train/<class>/<class>_0.jpg and DIR/images/test likewise; DIR/texts/train_titles.csv
+and test_titles.csv, rows of image name, title and class, with or without a header.
 
 Split: the public one; a tenth of each class of the training samples, drawn with a fixed seed, are for validation.
 """

@@ -7,10 +7,10 @@ other classes are passed over. Beside or instead of the .mp4 there may be its so
 <clip>/*.jpg. Only clips that are there count, as many are no longer to be had.
 
 The publication names 34 classes. Kinetics-400 as released has 31 of them, four under another name: those are the
-classes here, and `typing`, `fingerpicking` and `patting` where an older copy has them.
+classes here, and `typing`, `fingerpicking` and `patting` if a copy has them.
 
-Split: the one of Kinetics. Without DIR/test, validation clips are the test split, as is usual, and a tenth of each
-class of the training clips, drawn with a fixed seed, the validation split.
+Split: the one of Kinetics. Without DIR/test, validation clips are the test split, as is usual for Kinetics, and a tenth
+of each class of the training clips, drawn with a fixed seed, the validation split.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ DIR/data/1.jpg, DIR/data/1.txt and so on; DIR/labelResultAll.txt with lines `1<t
 the text and of the picture.
 
 Label, by the rule of the field (Xu and Mao 2017): a pair that is positive and negative is dropped; where one is neutral
-the other counts. Split: there is no public one; 80/10/10 % of each class, drawn with a fixed seed.
+the other counts. Split: none comes with the data; 80/10/10 % of each class, drawn with a fixed seed. The lists of the
+paper's code, as QMF's, hold only pairs whose two judgements agree: its figures do not compare.
 """
 
 from __future__ import annotations

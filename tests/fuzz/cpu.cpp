@@ -82,10 +82,13 @@ void rls_update(DType accumulate, const RlsUpdate& update) {
 }
 
 void head_step(DType dtype, const HeadStep& step) {
-  const size_t element = dtype == DType::Float64 ? 8 : 4;
-  std::vector<unsigned char> projected(size_t((step.C + 1) * step.rls.s) * element, 0xff);
+  const size_t element = dtype == DType::Float64 ? 8 : 4, size = size_t(step.C * step.rls.s) * element;
+  const cpu::DType accumulate = dtype == DType::Float64 ? cpu::DType::Float64 : cpu::DType::Float32;
+  std::vector<unsigned char> projected(size + size_t(step.rls.s) * element, 0xff);
   if (step.projected_grad) {
-    std::memcpy(projected.data(), step.projected_grad, size_t(step.C * step.rls.s) * element);
+    std::memcpy(projected.data(), step.projected_grad, size);
+    kernels->project(accumulate, step.rls.projection, nullptr, 0, step.rls.feature_mean, step.rls.s,
+                     projected.data() + size, parallel_for);
   }
   // The update of P at once, or put off and then made: both must end alike.
   const bool may_wait =
@@ -99,8 +102,7 @@ void head_step(DType dtype, const HeadStep& step) {
                       step.projected_grad != nullptr, pending, *step.step == 0, step.absorb_before, step.nesterov,
                       step.maximize, step.grad_scale, step.lr, step.momentum, step.dampening, step.weight_decay},
                      parallel_for);
-  const DType accumulate = dtype == DType::Float64 ? DType::Float64 : DType::Float32;
-  if (capacity > 0) kernels->fold(cpu::DType(accumulate), step.rls.projection, step.rls.s, pending, parallel_for);
+  if (capacity > 0) kernels->fold(accumulate, step.rls.projection, step.rls.s, pending, parallel_for);
   *step.step += 1;
 }
 
