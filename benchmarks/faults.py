@@ -116,51 +116,62 @@ class Runs:
 
 def _same(a: Any, b: Any) -> bool:
     """Equal to the last bit, through dicts and lists."""
+    if type(a) is not type(b):
+        return False
     if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+        return a.dtype == b.dtype and a.shape == b.shape and a.numpy().tobytes() == b.numpy().tobytes()
     if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
-    return a == b
+    return repr(a) == repr(b)
+
+
+def _modified(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
 
 
 def kills(runs: Runs, count: int, seed: int) -> str:
     """SIGKILL again and again until the run is through; then another run, until `count` kills.
 
-    Three of four at a random moment, the fourth as soon as a file is half written.
+    At a random moment; one of four when, after that, a checkpoint is half written.
     """
     rng = random.Random(seed)
     start = time.perf_counter()
     runs.train("clock")
     alone = time.perf_counter() - start
+    half_written = runs["killed"] / ".last.pt.tmp"
     done, through, halves = 0, 0, 0
     while done < count:
         shutil.rmtree(runs["killed"], ignore_errors=True)
         longest = 0.3 * alone
         while True:
+            before = _modified(half_written)  # what an earlier kill has left
             child = runs.start("killed")
             moment = time.perf_counter() + rng.uniform(0, longest)
             longest *= 1.2  # else a machine that has become slower never reaches the end of an epoch
-            half_written = rng.random() < 0.25
-            finished = 0
-            while not finished and time.perf_counter() < moment:
-                finished, status = os.waitpid(child, os.WNOHANG)
-                if half_written and any(runs["killed"].glob(".*.tmp")):
-                    break
+            in_mid_write = rng.random() < 0.25
+            finished, status = os.waitpid(child, os.WNOHANG)
+            while not finished and (
+                time.perf_counter() < moment or (in_mid_write and _modified(half_written) <= before)
+            ):
                 time.sleep(0.0002)
+                finished, status = os.waitpid(child, os.WNOHANG)
             if finished:
                 assert os.waitstatus_to_exitcode(status) == 0, (runs.folder / "killed.err").read_text()
                 break
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             done += 1
-            halves += any(runs["killed"].glob(".*.tmp"))
+            halves += _modified(half_written) > before
         runs.check_whole("killed")
         through += 1
     return (
-        f"{done} kills (seed {seed}) in {through} runs of {EPOCHS} epochs, {halves} of them in the midst of writing a "
-        "file: every run ended with what the uninterrupted one has in its files, to the last bit"
+        f"{done} kills (seed {seed}) in {through} runs of {EPOCHS} epochs, {halves} of them in the midst of writing "
+        "a checkpoint: every run ended with what the uninterrupted one has in its files, to the last bit"
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -22,7 +21,7 @@ from .reference import Hyperparameters, accumulate_dtype
 from .sharding import check_sharding, local_shards
 
 _HYPERPARAMETERS = tuple(Hyperparameters.__dataclass_fields__)
-CLASSES_FOR_FACTORS = 32  # with fewer the product G P takes the time of reading P, whatever its rows
+CLASSES_FOR_FACTORS = 32  # with fewer the proof costs more than is saved (an estimate)
 
 
 class ProjectedSGD(Optimizer):
@@ -102,7 +101,7 @@ class ProjectedSGD(Optimizer):
         self.process_group = process_group
         self._observed: dict[Tensor, Observation] = {}
         self._pending: dict[Tensor, Pending] = {}
-        self._checked_groups: dict[int, tuple[list[Any], Hyperparameters]] = {}
+        self._checked_groups: dict[int, Hyperparameters] = {}
         defaults = {name: getattr(hyper, name) for name in _HYPERPARAMETERS}
         super().__init__(params, defaults | {"capturable": capturable, "foreach": foreach, "fused": fused})
 
@@ -261,7 +260,7 @@ class ProjectedSGD(Optimizer):
         (C, s), N = weight.shape, len(features)
         return (
             C >= CLASSES_FOR_FACTORS
-            and N * (s + 4 * C) < 0.8 * C * s  # two products with Δ, at half the speed of those with P
+            and N * (s + 4 * C) < 0.7 * C * s  # measured on one machine (benchmarks/NOTES.md)
             and type(weight) is nn.Parameter
             and weight.dtype == features.dtype == output.dtype == accumulate_dtype(weight.dtype)
             and self._observed[weight].count == N
@@ -295,14 +294,13 @@ class ProjectedSGD(Optimizer):
 
     def _checked(self, index: int, group: dict[str, Any]) -> Hyperparameters:
         """The group's hyperparameters, checked anew when one of them is another object than at the last step."""
-        values = [group[name] for name in _HYPERPARAMETERS]
-        known = self._checked_groups.get(index)
-        if known is not None and all(map(operator.is_, values, known[0])) and not torch.compiler.is_compiling():
-            return known[1]
-        hyper = Hyperparameters(*values)
+        known = None if torch.compiler.is_compiling() else self._checked_groups.get(index)
+        if known is not None and all(getattr(known, name) is group[name] for name in _HYPERPARAMETERS):
+            return known
+        hyper = _hyperparameters(group)
         _checks.check_hyperparameters(hyper)
         if not torch.compiler.is_compiling():
-            self._checked_groups[index] = values, hyper
+            self._checked_groups[index] = hyper
         return hyper
 
     def _pending_of(self, weight: Tensor, hyper: Hyperparameters) -> Pending | None:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from mla_ext import _library
+
 TESTS = Path(__file__).resolve().parent
 SUITE = "257-130-40 or 5-513-7 or many_steps or uses_them or takes_non_contiguous"
 
@@ -17,6 +19,7 @@ def run(isa, *command):
     return subprocess.run([sys.executable, *command], cwd=TESTS, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.skipif(_library.load_error is not None, reason="nothing is compiled")
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_the_parity_suite(isa):
     """Which of G P the kernels make and which BLAS makes depends on it too."""

@@ -31,9 +31,9 @@ vector; SGD with momentum 0.9, batches of 64. For every dataset and method the s
 validation accuracy in 15 trials: lr among {lrs}; then, at the best of them, weight decay among {decays} together with
 four values of the method's own hyperparameter, or of a finer lr where it has none. A trial is one run; the best
 {finalists} are run with {more} more seeds, and the best mean is taken. These seeds are not used again. Then {seeds}
-seeds are trained, {epochs} epochs each; the epoch is the one best on the validation split, and the test split is read
-once. Values: mean ± standard deviation over the seeds, in %; differences are paired by seed, with 95 % confidence
-intervals (Student's t)."""
+seeds are trained, {epochs} epochs each (MMIN twice: it begins with a whole concatenation model); the epoch is the one
+best on the validation split, and the test split is read once. Values: mean ± standard deviation over the seeds, in %;
+differences are paired by seed, with 95 % confidence intervals (Student's t)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,7 +224,9 @@ def table3(e: Evidence) -> None:
         Table("Test accuracy", ["projection", "dynamic fusion", *names], rows),
         Table("What each part adds", ["part", *names], effects),
     ]
-    text = f"{e.protocol} Without dynamic fusion the logits are averaged, also where the epoch is chosen."
+    alphas = ", ".join(f"{name_of(s)} {e.chosen(s, 'mla').own:g}" for s in e.sources)
+    text = f"""{e.protocol} Without dynamic fusion the logits are averaged, also where the epoch is chosen. The
+    projection is that of the alpha chosen for MLA: {alphas}."""
     write(e.out / "table3", "Table 3: projection and dynamic fusion", text, tables)
 
 

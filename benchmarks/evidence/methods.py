@@ -379,7 +379,7 @@ class Method:
 
 HEAD, COLUMNS = "the modality's head", "the modality's columns of the head, plus b/M"
 PROBE, SHARED = "a linear probe of its features", "the shared head"
-ALPHAS = ("alpha", (0.01, 1.0, 100.0, 10000.0))  # the last projects next to nothing
+ALPHAS = ("alpha", (0.01, 1.0, 100.0, 10000.0))
 
 METHODS = {
     "sum": Method("Sum", build_heads(Sum), HEAD),

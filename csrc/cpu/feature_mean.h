@@ -3,7 +3,7 @@
 
 #include "dtype.h"
 #include "kernels.h"
-#include "rls_update.h"
+#include "product.h"
 
 namespace mla_ext::cpu::MLA_EXT_ISA {
 
@@ -14,7 +14,7 @@ void feature_mean(const void* features, void* mean, int64_t N, int64_t s, Parall
   const T* H = static_cast<const T*>(features);
   A* h = static_cast<A*>(mean);
   const int64_t blocks = (s + kColumnsAtOnce - 1) / kColumnsAtOnce;
-  parallel(parallel_for, blocks, kWorkPerTask / (N * kColumnsAtOnce), [&](int64_t begin, int64_t end) {
+  parallel(parallel_for, blocks, kElementsPerTask / (N * kColumnsAtOnce), [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       const int64_t first = block * kColumnsAtOnce;
       const int64_t width = s - first < kColumnsAtOnce ? s - first : kColumnsAtOnce;

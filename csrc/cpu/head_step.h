@@ -2,6 +2,7 @@
 #pragma once
 
 #include "dtype.h"
+#include "pending.h"
 #include "rls_update.h"
 
 namespace mla_ext::cpu::MLA_EXT_ISA {
@@ -87,7 +88,7 @@ void head_step(const HeadStep& step, ParallelFor parallel_for) {
   if (K != nullptr) return defer<T, A>(step, G, Z, parallel_for);
 
   const RankOne<A> rank_one = h == nullptr ? RankOne<A>{0, false} : scale_to_u(k, h, s, A(step.rls.alpha));
-  parallel(parallel_for, s, kWorkPerTask / (C + s), [&](int64_t begin, int64_t end) {
+  parallel(parallel_for, s, kElementsPerTask / (C + s), [&](int64_t begin, int64_t end) {
     sgd<T, A>(step, Z, begin * C, end * C);
     if (!rank_one.absorbed) return;
     for (int64_t i = begin; i < end; ++i) update_row(P + i * s, k, i, s, rank_one.sign, A(step.rls.forget));

@@ -7,7 +7,8 @@
 
 namespace mla_ext::cpu::MLA_EXT_ISA {
 
-constexpr int64_t kWorkPerTask = 1 << 18;  // multiply-adds that repay handing a piece of work to a thread
+// What repays handing a piece of work to a thread: multiply-adds of a product, or elements of a pass over memory.
+constexpr int64_t kWorkPerTask = 1 << 18, kElementsPerTask = 1 << 15;
 
 // How many rows of P and of X meet in registers: kRows * kColumns sums, and the operands, fill the register file.
 #if defined(__AVX512F__)

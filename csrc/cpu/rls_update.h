@@ -4,7 +4,6 @@
 #include <cmath>
 
 #include "kernels.h"
-#include "pending.h"
 #include "product.h"
 #include "scratch.h"
 
@@ -54,7 +53,7 @@ A sum_of_squares(const A* row, int64_t s) {
 template <class A>
 void normalize(A* P, int64_t s, ParallelFor parallel_for) {
   Scratch<A> squares(s);
-  const int64_t grain = kWorkPerTask / s;
+  const int64_t grain = kElementsPerTask / s;
   parallel(parallel_for, s, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) squares[i] = sum_of_squares(P + i * s, s);
   });
@@ -68,7 +67,7 @@ void normalize(A* P, int64_t s, ParallelFor parallel_for) {
 
 template <class A>
 void rls_update(const RlsUpdate& update, ParallelFor parallel_for) {
-  const int64_t s = update.s, grain = kWorkPerTask / s;
+  const int64_t s = update.s, grain = kElementsPerTask / s;
   A* P = static_cast<A*>(update.projection);
   const A* h = static_cast<const A*>(update.feature_mean);
   Scratch<A> k(s);
