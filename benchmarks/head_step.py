@@ -6,8 +6,9 @@ candidate meets P as cold; one that puts work off counts by whole cycles.
 To add a candidate of ours, add a line to `ours`.
 
 The floor is max(bytes / bandwidth, FLOP / rate): bytes by `traffic`, at the bandwidth of a copy of P; FLOP by `flop`,
-at the rate of the bare product G P or of a square one, whichever is higher. All are measured in the same run. The model
-reads and writes P in each step, which a form that puts updates off need not.
+at the rate of PyTorch's bare product G P or of its square one, whichever is higher. All are measured in the same run.
+It can be beaten: the model reads and writes P in each step, which a form that puts updates off need not, and our own
+product may be faster than PyTorch's.
 """
 
 from __future__ import annotations
@@ -64,7 +65,6 @@ class Deferred:
         observation = Observation(state.feature_mean, len(state.features), state.features, state.delta)
         factors = observation.factors_of(state.grad) if self.factored else None
         tensors = (state.weight, state.grad, state.momentum_buffer, state.projection, state.feature_mean, state.step)
-        _checks.check_hyperparameters(HYPER)
         _checks.check_head_step(*tensors, HYPER)
         ops.run_head_step_(*tensors, HYPER, None, None, "cpu", self.pending, factors)
 
@@ -168,7 +168,7 @@ def main() -> None:
         print(rows[-1].title, rows[-1].skipped or "", flush=True)
     about = f"""Head step, momentum 0.9, absorb after; median (p20–p80) of single steps that take turns. A form that
         puts work off counts by whole cycles, which pay for it. The floor: bytes by the model over the bandwidth of a
-        copy of P, or FLOP by the model over the rate of the bare product G P or of a square one
+        copy of P, or FLOP by the model over the rate of PyTorch's bare product G P or of its square one
         ({rate / 1e9:.0f} GFLOP/s), whichever takes longer."""
     write("head_step", about, rows, BASELINES if parsed.device == "cuda" else BASELINES[:-1], parsed)
 
