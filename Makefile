@@ -86,7 +86,10 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 # Without isolation the library is built against the PyTorch that runs it, and nothing is fetched when $(VENV) has it all.
+# The checkout's own mla_ext, which `python -m benchmarks...` finds before the installed one, gets the libraries as well.
 $(VENV)/.installed: $(shell find csrc -type f) $(shell find mla_ext -name '*.py') CMakeLists.txt setup.py pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) setuptools cmake ninja pybind11 torch
 	$(PIP) --no-build-isolation '.[test,lint,docs]'
+	@from=$$($(RUN) -c 'import sysconfig; print(sysconfig.get_path("platlib"))')/mla_ext; \
+	  cp "$$from"/_C*.so "$$from"/_build.json mla_ext/
 	@touch $@

@@ -304,8 +304,15 @@ class ProjectedSGD(Optimizer):
         return hyper
 
     def _pending_of(self, weight: Tensor, hyper: Hyperparameters) -> Pending | None:
-        """Where the update of P can wait: in the CPU's kernels, with nothing but the rank-one update to make."""
-        waits = backends.choose(self.backend, weight.device) is backends.cpu and not torch.compiler.is_compiling()
+        """Where the update of P can wait: in the CPU's kernels, with nothing but the rank-one update to make.
+
+        With more classes than features the correction of G P costs more than the write of P.
+        """
+        waits = (
+            weight.shape[0] <= weight.shape[1]
+            and backends.choose(self.backend, weight.device) is backends.cpu
+            and not torch.compiler.is_compiling()
+        )
         if waits and not (hyper.normalize or isinstance(hyper.forget, Tensor) or hyper.forget != 0):
             if weight not in self._pending:
                 self._pending[weight] = Pending.beside(self.state[weight]["projection"])

@@ -55,7 +55,11 @@ print(json.dumps(facts | {"cuda_load_error": _library.cuda_load_error, "built": 
 
 
 class Failed(Exception):
-    """A combination that should work and does not."""
+    """A combination that should work and does not; `output` is all that the command said."""
+
+    def __init__(self, message: str, output: str = "") -> None:
+        super().__init__(message)
+        self.output = output
 
 
 class NotHere(Exception):
@@ -178,8 +182,9 @@ def run(command: list[str | Path], cwd: Path, **variables: str) -> str:
     environment = {**inherited, "OMP_NUM_THREADS": "1", **variables}
     done = subprocess.run(list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True)
     if done.returncode:
-        print(done.stdout, done.stderr, sep="\n", file=sys.stderr)
-        raise Failed((done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode}").splitlines()[-1])
+        output = f"{done.stdout}\n{done.stderr}".strip() or f"exit status {done.returncode}"
+        print(output, file=sys.stderr)
+        raise Failed(output.splitlines()[-1], output)
     return done.stdout
 
 
@@ -264,7 +269,7 @@ def other_cuda(machine: Machine) -> Row:
     try:
         environment.build(machine.source(), machine.work / "refused")
     except Failed as failure:
-        if "mla_ext: nvcc is of CUDA" not in str(failure):
+        if "mla_ext: nvcc is of CUDA" not in failure.output:
             raise
         return Row("–", environment.torch, "–", "refused, with the three ways out")
     raise Failed("the build went on with an nvcc of another CUDA than PyTorch's")

@@ -62,7 +62,7 @@ void project(const Tensor& grad, const Tensor& projection, const void* h, const 
   const int64_t n = X.size(0), s = X.size(1), C = grad.size(0);
   Tensor product = features.has_value() ? torch::stable::new_empty(projection, {n + 1, s}) : projected;
   Tensor XP = rows(product, 0, n), k = rows(product, n, 1);
-  if (mla_ext::cpu::blas_is_faster(n)) {
+  if (mla_ext::cpu::blas_is_faster(n, s)) {
     matmul_into(X, projection, XP);
     // Not by BLAS: the user may have allowed it to round as P h must not be.
     kernels.project(accumulate, projection.data_ptr(), nullptr, 0, h, s, k.data_ptr(), parallel_for);
@@ -136,7 +136,7 @@ void head_step_(Tensor weight, const Tensor& grad, std::optional<Tensor> momentu
                                    momentum,
                                    dampening,
                                    weight_decay};
-  if (features.has_value() || mla_ext::cpu::blas_is_faster(C)) {
+  if (features.has_value() || mla_ext::cpu::blas_is_faster(C, s)) {
     if (absorb_before && feature_mean.has_value()) {
       const DType accumulate = dtype_of(projection, "projection");
       if (pending.rows != nullptr) {

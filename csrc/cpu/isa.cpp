@@ -57,14 +57,14 @@ const Isa& chosen() {
 
 const Kernels& kernels() { return *chosen().kernels; }
 
-bool blas_is_faster(int64_t rows) {
+bool blas_is_faster(int64_t rows, int64_t s) {
 #ifdef MLA_EXT_HAVE_X86
   // MKL, which PyTorch brings, keeps to AVX2 on AMD processors. Measured on Zen 5, float32 (benchmarks/NOTES.md).
-  static const bool is_slower = chosen().kernels == &avx512::kernels && __builtin_cpu_is("amd");
+  static const bool avoids_avx512 = chosen().kernels == &avx512::kernels && __builtin_cpu_is("amd");
 #else
-  static const bool is_slower = false;
+  static const bool avoids_avx512 = false;
 #endif
-  return rows >= 32 && !is_slower;
+  return rows >= 32 && !(avoids_avx512 && s >= 256);
 }
 
 const char* isa_name() { return chosen().name; }

@@ -9,8 +9,8 @@ namespace mla_ext::cpu {
 // (baseline, avx2, avx512). Throws std::runtime_error when that one is unknown or cannot run here.
 const Kernels& kernels();
 
-// Whether PyTorch's BLAS makes a product of so many rows with P faster than kernels().project.
-bool blas_is_faster(int64_t rows);
+// Whether PyTorch's BLAS makes the product of (rows, s) with P (s, s) faster than kernels().project.
+bool blas_is_faster(int64_t rows, int64_t s);
 
 // The name of that instruction set.
 const char* isa_name();
