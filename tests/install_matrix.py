@@ -126,8 +126,8 @@ class Environment:
         constraints = work / "constraints.txt"
         pinned = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
         constraints.write_text("\n".join(line for line in pinned if not re.match(r"(torch|triton|setuptools)==", line)))
-        self.pip("install", RELEASES[release])
-        self.pip("install", "--constraint", constraints, *BUILD_TOOLS, *TEST_TOOLS)
+        self.pip("install", RELEASES[release], *BUILD_TOOLS)  # together: PyTorch has a say in setuptools
+        self.pip("install", "--constraint", constraints, RELEASES[release], *BUILD_TOOLS, *TEST_TOOLS)
         facts = "import torch; print(torch.__version__, (torch.version.cuda or 'none').split('.')[0])"
         self.torch, cuda = self.python("-c", facts).split()
         self.cuda = None if cuda == "none" else cuda

@@ -26,7 +26,8 @@ def native(name: str, compiler: programs.Compiler | None) -> Callable[[float, in
     """A target built with sanitizers: cpu and cuda under ASan and UBSan, threads (the CPU kernels) under TSan."""
 
     def target(seconds: float, seed: int) -> str:
-        chosen = compiler if compiler is not None and name != "threads" else programs.RANDOM
+        can_guide = compiler is not None and name != "threads" and (name != "cuda" or compiler.knows_half())
+        chosen = compiler if can_guide else programs.RANDOM
         directory = BUILDS / name
         if name == "cuda":
             program = programs.build_cuda(directory, chosen, programs.ADDRESS)

@@ -33,6 +33,11 @@ class Compiler:
     def __init__(self, name: str) -> None:
         self.name, self.guides = name, "clang" in name
 
+    def knows_half(self) -> bool:
+        """Which the emulation of CUDA needs: g++ from 12, clang++ from 15."""
+        command = [self.name, "-fsyntax-only", "-x", "c++", "-"]
+        return subprocess.run(command, input="_Float16 half;", capture_output=True, text=True).returncode == 0
+
     def compile(self, source: Path, target: Path, flags: Sequence[str]) -> Path:
         coverage = ("-fsanitize=fuzzer-no-link",) if self.guides else ()
         harness.check_output([self.name, *COMMON, *coverage, *flags, "-x", "c++", "-c", source, "-o", target])
