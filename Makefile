@@ -35,7 +35,7 @@ bench: $(VENV)/.installed
 	$(RUN) -m benchmarks.training $(BENCH)
 	$(RUN) -m benchmarks.host_time
 
-# All tables and figures of the method on DATA, an hour on two cores with the four datasets of the README:
+# All tables and figures of the method on DATA, 77 minutes on two cores with the four datasets of the README:
 # make evidence DATA="digits avdigits.npz wikipedia.npz mfeat.npz". Interrupted, it goes on where it was.
 DATA ?= digits
 SEEDS ?= 5

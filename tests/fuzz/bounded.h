@@ -36,7 +36,8 @@ inline Bounded constant(double x) { return rounded(x, 0, std::fabs(x)); }
 
 inline Bounded operator-(Bounded a) { return {-a.value, a.error}; }
 inline Bounded operator+(Bounded a, Bounded b) {
-  return rounded(a.value + b.value, a.error + b.error, std::max(std::fabs(a.value), std::fabs(b.value)));
+  const long double sum = a.value + b.value;
+  return rounded(sum, a.error + b.error, std::max({std::fabs(a.value), std::fabs(b.value), std::fabs(sum)}));
 }
 inline Bounded operator-(Bounded a, Bounded b) { return a + -b; }
 
