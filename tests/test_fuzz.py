@@ -36,8 +36,8 @@ def test_the_cpu_kernels_agree_with_plain_loops(program):
 # Defects put into a copy of the kernels: file, what is replaced, by what, what the report says.
 DEFECTS = {
     "address": ("rls_update.h", "for (; j < s; ++j) row[j] =", "for (; j <= s; ++j) row[j] =", "AddressSanitizer|P"),
-    "thread": ("head_step.h", "return block * kRows < s ? block * kRows : s;", "return block * kRows + 1 < s ? "
-               "block * kRows + 1 : s;", "ThreadSanitizer: data race"),
+    "thread": ("product.h", "end * kRows < s ? end * kRows : s", "end * kRows + 1 < s ? end * kRows + 1 : s",
+               "ThreadSanitizer: data race"),
 }  # fmt: skip
 
 
