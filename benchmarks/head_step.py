@@ -53,7 +53,7 @@ def step_with(state: State, backend: str) -> None:
 
 
 class Deferred:
-    """A step as ProjectedSGD makes it, whose update of P waits: of every ROWS steps the last makes them all."""
+    """A step as ProjectedSGD makes it where C <= s: updates of P wait, and of every ROWS steps the last makes them."""
 
     def __init__(self, factored: bool) -> None:
         self.factored, self.pending = factored, None

@@ -6,6 +6,7 @@ A model says what one epoch of training consists of (`steps`), what a step minim
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -33,7 +34,7 @@ class Logits(NamedTuple):
     joint: Tensor | None = None  # (N, C): the prediction of a model that has one of its own, rather than fusing
 
 
-class MultimodalModel(nn.Module):
+class MultimodalModel(nn.Module, ABC):
     """What `fit` and `evaluate` need. Subclasses define `steps`, `loss` and `logits`.
 
     Args: encoders, one per modality, in order: a batch of inputs -> features (N, s).
@@ -66,17 +67,17 @@ class MultimodalModel(nn.Module):
     def labels(self, data: MultimodalData, indices: Tensor) -> Tensor:
         return data.labels[indices].to(next(self.parameters()).device)
 
+    @abstractmethod
     def steps(self, data: MultimodalData, batch_size: int, order: str, generator: torch.Generator) -> list[Step]:
         """The steps of one epoch; all its randomness comes from `generator`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def loss(self, data: MultimodalData, step: Step) -> Tensor:
         """What the step minimises: a scalar, the mean over its samples."""
-        raise NotImplementedError
 
+    @abstractmethod
     def logits(self, data: MultimodalData, indices: Tensor) -> Logits:
         """Predictions for any samples, complete or not."""
-        raise NotImplementedError
 
 
 class SharedHeadModel(MultimodalModel):
@@ -131,13 +132,13 @@ class JointModel(MultimodalModel):
     Both take each modality's features [(N, s_m)], zero where a sample lacks the modality, and present, bool (M, N).
     """
 
+    @abstractmethod
     def joint(self, parts: list[Tensor], present: Tensor) -> Tensor:
         """The model's prediction (N, C)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def unimodal(self, parts: list[Tensor], present: Tensor) -> Tensor:
         """What each modality predicts alone (M, N, C); of a sample that lacks it, anything."""
-        raise NotImplementedError
 
     def features(self, data: MultimodalData, indices: Tensor) -> tuple[list[Tensor], Tensor]:
         """parts and present of these samples, on the device of the model."""

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mla_ext.data import MultimodalData
-from mla_ext.model import ConcatModel, SharedHeadModel
+from mla_ext.model import ConcatModel, MultimodalModel, SharedHeadModel
 
 WIDTHS = {"audio": 5, "image": 3, "text": 4}
 
@@ -60,6 +60,13 @@ def test_forward_is_the_head_of_that_modalitys_encoder():
 def test_bad_encoders(encoders, error, text):
     with pytest.raises(error, match=f"encoders: .*{text}"):
         SharedHeadModel(encoders, nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("left_out", ["steps", "loss", "logits"])
+def test_an_incomplete_model_is_refused_when_it_is_made(left_out):
+    methods = {name: lambda self: None for name in ("steps", "loss", "logits") if name != left_out}
+    with pytest.raises(TypeError, match=left_out):
+        type("Incomplete", (MultimodalModel,), methods)({"a": nn.Linear(2, 2)})
 
 
 def test_bad_heads():

@@ -245,7 +245,7 @@ def used(monkeypatch):
     return found
 
 
-WIDE = {"s": 64, "C": 80}
+WIDE = {"s": 96, "C": 80}  # updates wait, and factors pay
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -260,7 +260,18 @@ def test_a_plain_step_uses_them_and_is_right(used, absorb, dtype):
     assert_close(optimizer.projection(head.weight), P)
 
 
-@pytest.mark.parametrize("inputs", [randn(2, 4, 64), randn(64, 8).t()], ids=["three dimensions", "transposed"])
+def test_with_more_classes_than_features_nothing_waits(used):
+    """And factors are used all the same."""
+    sizes = {"s": 64, "C": 80}
+    head, optimizer = make(**sizes)
+    train(head, optimizer, STEPS)
+    assert used == [True] * STEPS
+    weight, P = expected_after(STEPS, **sizes)
+    assert_close(optimizer.state[head.weight]["projection"], P)  # as it is in memory
+    assert_close(head.weight, weight)
+
+
+@pytest.mark.parametrize("inputs", [randn(2, 4, 96), randn(96, 8).t()], ids=["three dimensions", "transposed"])
 def test_inputs_of_any_layout_use_them(used, inputs):
     head, optimizer = make(**WIDE)
     head(inputs).square().sum().backward()
@@ -344,7 +355,7 @@ def test_any_other_gradient_does_without(used, backward):
     head, optimizer = make(**WIDE, momentum=0.0)
     train(head, optimizer, 2)
     optimizer.zero_grad()
-    backward(head, optimizer, randn(8, 64))
+    backward(head, optimizer, randn(8, 96))
     P = optimizer.projection(head.weight).double()
     expected = head.weight.detach().double() - 0.02 * head.weight.grad.double() @ P
     optimizer.step()
@@ -355,7 +366,7 @@ def test_any_other_gradient_does_without(used, backward):
 def test_a_frozen_bias_and_a_pass_without_gradients_change_nothing(used):
     head, optimizer = make(**WIDE)
     head.bias.requires_grad_(False)
-    x = randn(8, 64)
+    x = randn(8, 96)
     head(x).square().sum().backward()
     with torch.no_grad():
         head(x + 1)
@@ -366,7 +377,7 @@ def test_a_frozen_bias_and_a_pass_without_gradients_change_nothing(used):
 def test_scaled_losses_use_them(used):
     head, optimizer = make(**WIDE)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    x = randn(8, 64)
+    x = randn(8, 96)
     scaler.scale(head(x).square().sum()).backward()
     expected = head.weight.detach() - 0.02 * head.weight.grad / 1024
     scaler.step(optimizer)
@@ -379,7 +390,7 @@ def test_nothing_is_kept_after_the_step():
     import weakref
 
     head, optimizer = make(**WIDE)
-    x = randn(8, 64)
+    x = randn(8, 96)
     loss = head(x).square().sum()
     loss.backward()
     kept = [weakref.ref(o) for o in optimizer._observed.values()]

@@ -88,7 +88,8 @@ void project(const A* P, const A* X, int64_t n, const A* h, int64_t s, A* out, P
   for (int64_t q = 0; q < n; ++q) rows[q] = X + q * s;
   rows[n] = h;
   const int64_t count = h == nullptr ? n : n + 1, blocks = count == 0 ? 0 : (s + kRows - 1) / kRows;
-  parallel(parallel_for, blocks, kWorkPerTask / (count * s * kRows + 1), [&](int64_t begin, int64_t end) {
+  const int64_t per_task = count > 8 ? kWorkPerTask / count : kElementsPerTask;  // of P; few rows are soon multiplied
+  parallel(parallel_for, blocks, per_task / (s * kRows), [&](int64_t begin, int64_t end) {
     product<A>(P, rows.get(), count, s, begin * kRows, end * kRows < s ? end * kRows : s, out, s);
   });
 }
