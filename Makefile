@@ -30,10 +30,10 @@ format: $(VENV)/.installed
 # All tables and plots of speed; BENCH=--quick takes a minute.
 BENCH ?=
 bench: $(VENV)/.installed
-	$(RUN) -m benchmarks.head_step $(BENCH)
-	$(RUN) -m benchmarks.fusion $(BENCH)
-	$(RUN) -m benchmarks.training $(BENCH)
-	$(RUN) -m benchmarks.host_time
+	$(RUN) -m benchmarks.speed.head_step $(BENCH)
+	$(RUN) -m benchmarks.speed.fusion $(BENCH)
+	$(RUN) -m benchmarks.speed.training $(BENCH)
+	$(RUN) -m benchmarks.speed.host_time
 
 # All tables and figures of the method on DATA, 77 minutes on two cores with the four datasets of the README:
 # make evidence DATA="digits avdigits.npz wikipedia.npz mfeat.npz". Interrupted, it goes on where it was.
@@ -55,21 +55,21 @@ audit: $(VENV)/.installed
 
 # Every way to install, each tried in an environment of its own: two hours and 20 GB of downloads, or ONLY="sdist editable".
 install-matrix:
-	$(PYTHON) tests/install_matrix.py $(ONLY)
+	$(PYTHON) benchmarks/stress/install_matrix.py $(ONLY)
 
 # The kernels under sanitizers, the public functions and the optimizer on random inputs, for SECONDS in all. With clang and
 # its libFuzzer installed the inputs are guided by coverage.
 SECONDS ?= 600
 fuzz: $(VENV)/.installed
-	$(RUN) tests/fuzz --seconds $(SECONDS)
+	$(RUN) benchmarks/stress/fuzz --seconds $(SECONDS)
 
 # Training killed 250 times at random moments, full disks, damaged files, ranks that die.
 faults: $(VENV)/.installed
-	$(RUN) -m benchmarks.faults
+	$(RUN) -m benchmarks.stress.faults
 
 # float32 against float64 over a million steps.
 numerics: $(VENV)/.installed
-	$(RUN) -m benchmarks.numerics
+	$(RUN) -m benchmarks.stress.numerics
 
 # On a machine with a GPU, in its own Python (PYTHON=...): build, tests, sanitizers and benchmarks, as files in $$OUT.
 gpu-check:

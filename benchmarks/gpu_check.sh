@@ -45,9 +45,9 @@ for tool in memcheck racecheck; do
       "$PYTHON" -m pytest -q -x tests/test_ops.py -k "cuda-cuda and 33 and float32 and (momentum or before)"
   fi
 done
-stage head_step 60 "$PYTHON" -m benchmarks.head_step --quick --device cuda --out "$OUT"
-stage fusion 35 "$PYTHON" -m benchmarks.fusion --quick --device cuda --out "$OUT"
-stage training 25 "$PYTHON" -m benchmarks.training --quick --device cuda --out "$OUT"
-stage host_time 15 "$PYTHON" -m benchmarks.host_time --out "$OUT"
+stage head_step 60 "$PYTHON" -m benchmarks.speed.head_step --quick --device cuda --out "$OUT"
+stage fusion 35 "$PYTHON" -m benchmarks.speed.fusion --quick --device cuda --out "$OUT"
+stage training 25 "$PYTHON" -m benchmarks.speed.training --quick --device cuda --out "$OUT"
+stage host_time 15 "$PYTHON" -m benchmarks.speed.host_time --out "$OUT"
 cat "$summary"
 exit $failed

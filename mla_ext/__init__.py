@@ -3,14 +3,35 @@
 Multimodal Representation Learning by Alternating Unimodal Adaptation (CVPR 2024, arXiv 2311.10707).
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
 
-from ._info import build_info
-from .data import MultimodalData, digits, load_npz
-from .model import ConcatModel, MultimodalModel, SharedHeadModel
+from .info import build_info
 from .ops import entropy_fusion
 from .optimizer import ProjectedSGD
-from .training import evaluate, fit, predict
+
+if TYPE_CHECKING:
+    from .multimodal.data import MultimodalData, digits, load_npz
+    from .multimodal.evaluate import evaluate, predict
+    from .multimodal.fit import fit
+    from .multimodal.model import ConcatModel, MultimodalModel, SharedHeadModel
+
+# Loaded when first used: who wants the optimizer does not wait for data and training.
+_HOME = {
+    "ConcatModel": "multimodal.model",
+    "MultimodalData": "multimodal.data",
+    "MultimodalModel": "multimodal.model",
+    "SharedHeadModel": "multimodal.model",
+    "digits": "multimodal.data",
+    "evaluate": "multimodal.evaluate",
+    "fit": "multimodal.fit",
+    "load_npz": "multimodal.data",
+    "predict": "multimodal.evaluate",
+}
 
 __all__ = [
     "ConcatModel",
@@ -27,3 +48,15 @@ __all__ = [
     "load_npz",
     "predict",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(globals().keys() | _HOME.keys())

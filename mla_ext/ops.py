@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _checks, backends
+from . import backends, checks
 from .pending import Pending
 from .reference import Hyperparameters
 
@@ -20,8 +20,8 @@ __all__ = ["Hyperparameters", "entropy_fusion", "feature_mean", "head_step_", "r
 @torch.no_grad()
 def feature_mean(features: Tensor, backend: str = "auto") -> Tensor:
     """h̄, the mean of features (N, s) over the batch (eq. 4): (s,) in float32, float64 for float64."""
-    _checks.check_tensor("features", features, ("N", "s"))
-    _checks.check_nonempty("features", features)
+    checks.check_tensor("features", features, ("N", "s"))
+    checks.check_nonempty("features", features)
     return backends.choose(backend, features.device).feature_mean(features.contiguous())
 
 
@@ -35,8 +35,8 @@ def rls_update_(
     backend: str = "auto",
 ) -> None:
     """Absorb feature_mean h̄ (s,) into projection P (s, s), in place: `reference.rls_update` (eq. 4-5)."""
-    _checks.check_rls_update(projection, feature_mean)
-    _checks.check_hyperparameters(Hyperparameters(alpha=alpha, forget=forget, normalize=normalize))
+    checks.check_rls_update(projection, feature_mean)
+    checks.check_hyperparameters(Hyperparameters(alpha=alpha, forget=forget, normalize=normalize))
     chosen = backends.choose(backend, projection.device)
     P = projection.contiguous()
     chosen.rls_update_(P, feature_mean.contiguous(), alpha, forget, normalize)
@@ -62,11 +62,11 @@ def head_step_(
     (s, s) and feature_mean (s,) or None in that dtype too; step 0-d float32, 0 before momentum_buffer's first update.
     grad_scale: one float32 that divides grad; found_inf: one float32, and unless it is 0 nothing changes.
     """
-    _checks.check_hyperparameters(hyper)
-    _checks.check_head_step(weight, grad, momentum_buffer, projection, feature_mean, step, hyper)
+    checks.check_hyperparameters(hyper)
+    checks.check_head_step(weight, grad, momentum_buffer, projection, feature_mean, step, hyper)
     for name, value in (("grad_scale", grad_scale), ("found_inf", found_inf)):
         if value is not None:
-            _checks.check_tensor(name, value, (), (torch.float32,), weight.device)
+            checks.check_tensor(name, value, (), (torch.float32,), weight.device)
     run_head_step_(weight, grad, momentum_buffer, projection, feature_mean, step, hyper, grad_scale, found_inf, backend)
 
 
@@ -106,12 +106,12 @@ def entropy_fusion(logits: Tensor, present: Tensor | None = None, backend: str =
     (N, C) in the dtype of logits and the weights λ (M, N) in float32 (float64 for float64), which sum to 1 over the
     present modalities. A sample without any modality gets zeros. A test-time operation: no gradient flows through it.
     """
-    _checks.check_tensor("logits", logits, ("M", "N", "C"))
+    checks.check_tensor("logits", logits, ("M", "N", "C"))
     M, N, C = logits.shape
     if M == 0 or C == 0:
-        raise ValueError(f"logits: expected at least one modality and one class, got {_checks.describe(logits)}")
+        raise ValueError(f"logits: expected at least one modality and one class, got {checks.describe(logits)}")
     if present is not None:
-        _checks.check_tensor("present", present, (M, N), (torch.bool,), logits.device)
+        checks.check_tensor("present", present, (M, N), (torch.bool,), logits.device)
         present = present.contiguous()
     return backends.choose(backend, logits.device).entropy_fusion(logits.contiguous(), present)
 

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.sgd import sgd
 from torch.utils.hooks import RemovableHandle
 
-from . import _checks, backends, ops
+from . import backends, checks, ops
 from .observation import Observation, average_over_ranks, observe
 from .pending import Pending
 from .reference import Hyperparameters, accumulate_dtype
@@ -87,7 +87,7 @@ class ProjectedSGD(Optimizer):
             ("fused", fused, (True, False, None)),
         ):
             if not any(flag is choice for choice in choices):
-                raise TypeError(f"{name}: expected one of {choices}, got {_checks.describe(flag)}")
+                raise TypeError(f"{name}: expected one of {choices}, got {checks.describe(flag)}")
         if foreach and fused:
             raise ValueError("fused: expected False or None with foreach=True, got True")
         if differentiable:
@@ -108,8 +108,8 @@ class ProjectedSGD(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As for any optimizer; the group's hyperparameters are checked first."""
         merged = self.defaults | (param_group if isinstance(param_group, dict) else {})
-        _checks.check_number("lr", merged["lr"], ">= 0", lambda lr: lr >= 0)
-        _checks.check_hyperparameters(_hyperparameters(merged))
+        checks.check_number("lr", merged["lr"], ">= 0", lambda lr: lr >= 0)
+        checks.check_hyperparameters(_hyperparameters(merged))
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         if (
@@ -132,9 +132,9 @@ class ProjectedSGD(Optimizer):
 
     def observe(self, weight: Tensor, features: Tensor) -> None:
         """Record features (N, s), the inputs of the head with this weight (C, s), by hand. N counts as its weight."""
-        _checks.check_tensor("weight", weight, ("C", "s"))
-        _checks.check_tensor("features", features, ("N", weight.shape[1]), device=weight.device)
-        _checks.check_nonempty("features", features)
+        checks.check_tensor("weight", weight, ("C", "s"))
+        checks.check_tensor("features", features, ("N", weight.shape[1]), device=weight.device)
+        checks.check_nonempty("features", features)
         self._project(weight, "weight")
         new = observe(features, accumulate_dtype(weight.dtype), self.backend)
         if weight in self._observed:
@@ -146,7 +146,7 @@ class ProjectedSGD(Optimizer):
         """The projection P (s, s) of an attached weight, dense: a copy, in float32 (float64 for float64)."""
         state = self.state.get(weight, {}) if isinstance(weight, Tensor) else {}
         if "projection" not in state:
-            what = _checks.describe(weight)
+            what = checks.describe(weight)
             raise ValueError(f"weight: expected a weight that was attached or observed, got {what} that was not")
         self.settle()
         return state["projection"].clone()
@@ -215,7 +215,7 @@ class ProjectedSGD(Optimizer):
         loaded = [(param, state_dict["state"].get(index, {})) for index, param in zip(ids, params, strict=False)]
         for param, saved in loaded:
             if "projection" in saved and saved["projection"].shape != 2 * param.shape[1:]:
-                wanted, got = _checks.describe(param), _checks.describe(saved["projection"])
+                wanted, got = checks.describe(param), checks.describe(saved["projection"])
                 raise ValueError(f"state_dict: expected a projection for {wanted}, got {got}")
 
         super().load_state_dict(state_dict)
@@ -272,14 +272,12 @@ class ProjectedSGD(Optimizer):
         """Give `weight` a projection, if it has none yet."""
         if isinstance(weight, Tensor) and "projection" in self.state.get(weight, {}):
             return
-        _checks.check_tensor(name, weight, ("C", "s"))
-        _checks.check_nonempty(name, weight)
+        checks.check_tensor(name, weight, ("C", "s"))
+        checks.check_nonempty(name, weight)
         group = next((g for g in self.param_groups if any(weight is param for param in g["params"])), None)
         if group is None:
             computed = "" if weight.is_leaf else " that is computed, as a parametrised module's is"
-            raise ValueError(
-                f"{name}: expected a parameter of this optimizer, got {_checks.describe(weight)}{computed}"
-            )
+            raise ValueError(f"{name}: expected a parameter of this optimizer, got {checks.describe(weight)}{computed}")
         check_sharding(name, weight)
         dtype = accumulate_dtype(weight.dtype)
         state = self.state[weight]
@@ -298,7 +296,7 @@ class ProjectedSGD(Optimizer):
         if known is not None and all(getattr(known, name) is group[name] for name in _HYPERPARAMETERS):
             return known
         hyper = _hyperparameters(group)
-        _checks.check_hyperparameters(hyper)
+        checks.check_hyperparameters(hyper)
         if not torch.compiler.is_compiling():
             self._checked_groups[index] = hyper
         return hyper
@@ -362,7 +360,7 @@ class ProjectedSGD(Optimizer):
             # A step without momentum is none that the buffer has seen.
             step = torch.zeros_like(state["step"]) if momentum_buffer is None else state["step"]
             arguments = (*shards, state["projection"], mean, step, hyper)
-            _checks.check_head_step(*arguments)
+            checks.check_head_step(*arguments)
             factors = None if observation is None else observation.factors_of(weight.grad)
             steps.append((arguments, (self._pending_of(weight, hyper), factors)))
         return steps, plain

@@ -8,7 +8,7 @@ from argparse import Namespace
 import pytest
 import torch
 
-from benchmarks import baselines, head_step, report, timing, training
+from benchmarks.speed import baselines, head_step, report, timing, training
 from mla_ext import reference
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from mla_ext import cli, demo
-from mla_ext.data import load_npz
+from mla_ext.multimodal import cli, demo
+from mla_ext.multimodal.data import load_npz
 
 
 @pytest.fixture(autouse=True)

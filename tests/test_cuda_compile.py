@@ -85,7 +85,7 @@ def table(usages: dict[str, dict[str, Usage]]) -> str:
         "",
         f"Registers of a thread, and static shared memory of a block, as nvcc {nvcc_version()} reports them.",
         "No kernel spills or keeps anything in local memory. Dynamic shared memory comes on top, by the shape of the",
-        "tensors: `Tiling` in csrc/kernels/product.cuh. Written and checked by tests/test_cuda_compile.py.",
+        "tensors: `Tiling` in csrc/cuda/product.cuh. Written and checked by tests/test_cuda_compile.py.",
         "",
         f"| kernel | {' | '.join(ARCHITECTURES)} | shared bytes |",
         f"|---|{'---:|' * (len(ARCHITECTURES) + 1)}",

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from mla_ext.data import SPLITS, MultimodalData, digits, load_npz
-from mla_ext.synthesis import NAMES, _misspell, keypad_tones, stratified_split
+from mla_ext.multimodal.data import SPLITS, MultimodalData, digits, load_npz
+from mla_ext.multimodal.synthesis import NAMES, _misspell, keypad_tones, stratified_split
 
 N = 12
 
@@ -518,7 +518,7 @@ def test_digits_without_scikit_learn(monkeypatch):
 
 def test_tones_are_where_the_keypad_says(monkeypatch):
     """Without noise the two loudest bands are those of the key's row and column."""
-    monkeypatch.setattr("mla_ext.synthesis.AUDIO_NOISE", 0.0)
+    monkeypatch.setattr("mla_ext.multimodal.synthesis.AUDIO_NOISE", 0.0)
     keys = {1: (697, 1209), 2: (697, 1336), 3: (697, 1477), 4: (770, 1209), 5: (770, 1336), 6: (770, 1477)}
     keys |= {7: (852, 1209), 8: (852, 1336), 9: (852, 1477), 0: (941, 1336)}
     spectrum = np.exp(keypad_tones(np.array(list(keys)), np.random.default_rng(0))).sum(axis=2)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mla_ext import cli
+from mla_ext.multimodal import cli
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -78,7 +78,8 @@ def test_commands_exist(block):
 
 
 @pytest.mark.parametrize(
-    "line", ["mla-ext train --data x --speed 3", "make tee", "python -m benchmarks.head_step --slow", "mla_ext info"]
+    "line",
+    ["mla-ext train --data x --speed 3", "make tee", "python -m benchmarks.speed.head_step --slow", "mla_ext info"],
 )
 def test_a_command_that_does_not_exist_is_seen(line):
     with pytest.raises(AssertionError):

@@ -2,10 +2,11 @@ import pytest
 import torch
 from torch import nn
 
-from mla_ext.data import MultimodalData
-from mla_ext.encoders import ENCODERS, WIDTHS, build_encoder
-from mla_ext.recipe import Settings, build
-from mla_ext.training import evaluate, fit
+from mla_ext.multimodal.data import MultimodalData
+from mla_ext.multimodal.encoders import ENCODERS, WIDTHS, build_encoder
+from mla_ext.multimodal.evaluate import evaluate
+from mla_ext.multimodal.fit import fit
+from mla_ext.multimodal.recipe import Settings, build
 
 SHAPES = {
     "small": [(7,), (1, 1), (8, 8), (32, 12), (64, 40), (3, 20, 9)],

@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import baselines
 from benchmarks.evidence import __main__ as command
 from benchmarks.evidence import experiments, measures, report, runs
 from benchmarks.evidence.methods import METHODS, MMIN, OGMGE, QMF, FiLM, Setting, Sum, confidence, rank_loss
 from benchmarks.evidence.released import project_as_released
 from benchmarks.evidence.runs import Results, Run, execute
+from benchmarks.speed import baselines
 from mla_ext import ConcatModel, MultimodalData, ProjectedSGD, fit, load_npz
-from mla_ext.model import Step
+from mla_ext.multimodal.model import Step
 
 SETTING = Setting(lr=0.02, weight_decay=1e-4, own=0.1, seed=0, epochs=2, width=8)
 

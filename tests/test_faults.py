@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = str(Path(__file__).resolve().parents[1])  # for benchmarks/, after the mla_ext that is installed
-START = f"import sys; sys.path.append({ROOT!r}); from benchmarks.faults import main; main()"
+START = f"import sys; sys.path.append({ROOT!r}); from benchmarks.stress.faults import main; main()"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="its runs are forked")

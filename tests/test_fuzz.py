@@ -1,4 +1,4 @@
-"""The fuzz targets of tests/fuzz in brief, on the same inputs each time; and that they can fail."""
+"""The fuzz targets of benchmarks/stress/fuzz in brief, on the same inputs each time; and that they can fail."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent / "fuzz"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "stress" / "fuzz"))
 import programs
 import public
 

@@ -3,8 +3,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mla_ext.data import MultimodalData
-from mla_ext.model import ConcatModel, MultimodalModel, SharedHeadModel
+from mla_ext.multimodal.data import MultimodalData
+from mla_ext.multimodal.model import ConcatModel, MultimodalModel, SharedHeadModel
 
 WIDTHS = {"audio": 5, "image": 3, "text": 4}
 

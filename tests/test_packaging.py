@@ -125,7 +125,7 @@ def test_metadata(wheel):
     assert required == ["torch>=2.10", "numpy", "tqdm"]
     assert set(metadata.get_all("Provides-Extra")) == {"demo", "prepare", "test", "lint", "docs"}
     entry_points = archive.read(name.replace("METADATA", "entry_points.txt")).decode()
-    assert entry_points.split() == ["[console_scripts]", "mla-ext", "=", "mla_ext.cli:main"]
+    assert entry_points.split() == ["[console_scripts]", "mla-ext", "=", "mla_ext.multimodal.cli:main"]
 
 
 def test_installed_wheel_runs_its_compiled_operations(installed):

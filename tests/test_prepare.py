@@ -17,7 +17,7 @@ from benchmarks.prepare import audio, build, images, kinetics_sounds, text
 from benchmarks.prepare.__main__ import DATASETS, main
 from benchmarks.prepare.samples import Clip
 from mla_ext import load_npz
-from mla_ext.data import SPLITS
+from mla_ext.multimodal.data import SPLITS
 
 ROOT = Path(__file__).parents[1]
 needs_av = pytest.mark.skipif(importlib.util.find_spec("av") is None, reason="needs PyAV (the extra `prepare`)")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import mla_ext
-from mla_ext import checkpoint
+from mla_ext.multimodal import checkpoint
 
 SOURCES = sorted(Path(mla_ext.__file__).parent.rglob("*.py"))
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__", "breakpoint"}

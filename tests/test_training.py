@@ -7,13 +7,16 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
-from mla_ext import checkpoint, reference, training
-from mla_ext.data import MultimodalData, load_npz
-from mla_ext.metrics import macro_f1, score
-from mla_ext.model import ConcatModel, Logits, MultimodalModel, SharedHeadModel, Step
+from mla_ext import reference
+from mla_ext.multimodal import checkpoint
+from mla_ext.multimodal import fit as training
+from mla_ext.multimodal.data import MultimodalData, load_npz
+from mla_ext.multimodal.evaluate import evaluate, predict
+from mla_ext.multimodal.fit import NonFiniteLossError, fit
+from mla_ext.multimodal.metrics import macro_f1, score
+from mla_ext.multimodal.model import ConcatModel, Logits, MultimodalModel, SharedHeadModel, Step
+from mla_ext.multimodal.recipe import Settings, build
 from mla_ext.optimizer import ProjectedSGD
-from mla_ext.recipe import Settings, build
-from mla_ext.training import NonFiniteLossError, evaluate, fit, predict
 
 SHAPES = {"audio": (4, 3), "image": (6,), "text": (5,)}
 

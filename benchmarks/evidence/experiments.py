@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mla_ext import checkpoint
+from mla_ext.multimodal import checkpoint
 
 from . import figures
 from .measures import BINS

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mla_ext import checkpoint
+from mla_ext.multimodal import checkpoint
 
 from .measures import unit_features
 from .methods import METHODS

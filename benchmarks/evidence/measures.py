@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from mla_ext import MultimodalData
-from mla_ext.model import MultimodalModel
-from mla_ext.training import Prediction
+from mla_ext.multimodal.evaluate import Prediction
+from mla_ext.multimodal.model import MultimodalModel
 
 BINS = 10
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from mla_ext import ConcatModel, MultimodalData, ProjectedSGD, SharedHeadModel, fit
-from mla_ext.encoders import build_encoder
-from mla_ext.model import JointModel, Logits, MultimodalModel, Step
+from mla_ext.multimodal.encoders import build_encoder
+from mla_ext.multimodal.model import JointModel, Logits, MultimodalModel, Step
 
 from .released import project_as_released
 

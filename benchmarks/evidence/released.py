@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from benchmarks.baselines import released_update
+from benchmarks.speed.baselines import released_update
 
 
 def project_as_released(optimizer: Optimizer, head: nn.Linear, steps_per_epoch: int) -> None:

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mla_ext import checkpoint
+from mla_ext.multimodal import checkpoint
 
-from ..timing import machine
+from ..speed.timing import machine
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,10 @@ import torch
 from tqdm import tqdm
 
 import mla_ext
-from mla_ext.metrics import score
-from mla_ext.model import MultimodalModel
-from mla_ext.training import NonFiniteLossError, predict
+from mla_ext.multimodal.evaluate import predict
+from mla_ext.multimodal.fit import NonFiniteLossError
+from mla_ext.multimodal.metrics import score
+from mla_ext.multimodal.model import MultimodalModel
 
 from .measures import modality_gap, trust, unit_features
 from .methods import BATCH_SIZE, METHODS, MeanFused, Setting

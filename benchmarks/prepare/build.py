@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from mla_ext.checkpoint import write_atomic
-from mla_ext.data import SPLITS
+from mla_ext.multimodal.checkpoint import write_atomic
+from mla_ext.multimodal.data import SPLITS
 
 from . import audio, images, text
 from .samples import Clip, Corpus, Sample, check

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mla_ext.data import SPLITS
-from mla_ext.synthesis import stratified_split
+from mla_ext.multimodal.data import SPLITS
+from mla_ext.multimodal.synthesis import stratified_split
 
 SEED = 0  # of every split that is ours
 

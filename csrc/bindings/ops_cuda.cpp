@@ -8,9 +8,9 @@
 #include <tuple>
 
 #include "bindings/common.h"
-#include "kernels/entropy_fusion.h"
-#include "kernels/feature_mean.h"
-#include "kernels/head_step.h"
+#include "cuda/entropy_fusion.h"
+#include "cuda/feature_mean.h"
+#include "cuda/head_step.h"
 
 namespace {
 

@@ -1,4 +1,4 @@
-"""The CUDA kernels of csrc/kernels, in the library `_C_cuda`."""
+"""The CUDA kernels of csrc/cuda, in the library `_C_cuda`."""
 
 from __future__ import annotations
 

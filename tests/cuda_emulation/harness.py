@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
-KERNELS = HERE.parents[1] / "csrc" / "kernels"
+KERNELS = HERE.parents[1] / "csrc" / "cuda"
 COMPILER = shutil.which("g++")
 UNAVAILABLE = (
     "the emulation is built with g++, which is not here"

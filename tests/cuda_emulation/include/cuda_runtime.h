@@ -1,5 +1,5 @@
 // Stands in for the CUDA headers of the same names, so that the kernels' own sources compile with a host compiler and
-// run on host memory. Covers what csrc/kernels uses, no more. How the threads run is in emulation.cpp.
+// run on host memory. Covers what csrc/cuda uses, no more. How the threads run is in emulation.cpp.
 #pragma once
 
 #include <math.h>

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from mla_ext import MultimodalData, ProjectedSGD, SharedHeadModel, checkpoint, fit, load_npz, ops
+from mla_ext import MultimodalData, ProjectedSGD, SharedHeadModel, fit, load_npz, ops
+from mla_ext.multimodal import checkpoint
 from mla_ext.reference import Hyperparameters
 
 ERRORS = (TypeError, ValueError, OSError, RuntimeError)

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
-sys.path.insert(0, str(HERE.parent / "cuda_emulation"))
+ROOT = HERE.parents[2]
+sys.path.insert(0, str(ROOT / "tests" / "cuda_emulation"))
 import harness  # noqa: E402
 
 IS_X86 = platform.machine() in ("x86_64", "AMD64")
@@ -94,7 +94,7 @@ def build_cpu(
 
 
 def build_cuda(directory: Path, compiler: Compiler, flags: Sequence[str]) -> Path:
-    """The program that fuzzes csrc/kernels on the emulated devices."""
+    """The program that fuzzes csrc/cuda on the emulated devices."""
     directory.mkdir(parents=True, exist_ok=True)
     flags = (*flags, f"-I{harness.HERE / 'include'}", f"-I{harness.KERNELS}", f"-I{HERE}")
     sources = [*harness.KERNELS.glob("*.cu"), harness.HERE / "emulation.cpp"]

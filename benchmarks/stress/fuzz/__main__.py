@@ -1,4 +1,6 @@
-"""Fuzzing, by `make fuzz`: `python tests/fuzz --seconds 600`, or in less time, of everything or of what is named.
+"""Fuzzing, by `make fuzz`: of everything or of what is named.
+
+`python benchmarks/stress/fuzz --seconds 600`, or in less time.
 
 Each target gets an equal share of the time. A find stops the command and says which input it was; a seed repeats a run.
 """
@@ -68,7 +70,7 @@ def main() -> None:
     compiler = programs.coverage_guided()
     targets = {name: native(name, compiler) for name in ("cpu", "cuda", "threads")}
     targets |= {name: python(name) for name in public.TARGETS} | {"state machine": state_machine}
-    parser = argparse.ArgumentParser(prog="python tests/fuzz", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python benchmarks/stress/fuzz", description=__doc__.partition("\n")[0])
     parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"one of: {', '.join(targets)} (default: all)")
     parser.add_argument("--seconds", type=float, default=600, help="in total, builds not counted")
     parser.add_argument("--seed", type=int, default=int(time.time()), help="(default: the time)")

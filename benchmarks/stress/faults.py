@@ -1,7 +1,7 @@
 """Training runs that are killed, starved of disk, given damaged files and changed clocks, and what is left of them.
 
-    python -m benchmarks.faults               # writes benchmarks/results/faults.md
-    python -m benchmarks.faults --kills 5     # in brief
+    python -m benchmarks.stress.faults               # writes benchmarks/results/faults.md
+    python -m benchmarks.stress.faults --kills 5     # in brief
 
 Each fault is one function: it does the damage, checks that the run ends where an uninterrupted one does, to the last
 bit of what is in its files, or fails as it is meant to, and says what happened. Runs are children of this process,
@@ -31,8 +31,8 @@ from unittest import mock
 import numpy as np
 import torch
 
-from benchmarks.timing import machine
-from mla_ext import checkpoint, cli
+from benchmarks.speed.timing import machine
+from mla_ext.multimodal import checkpoint, cli
 
 RESULTS = Path(__file__).parent / "results"
 EPOCHS = 12
@@ -368,7 +368,7 @@ def main() -> None:
         "# Faults, and what is left of a training run",
         "",
         f"{machine('cpu')}, {date.today()}; {(time.perf_counter() - begin) / 60:.0f} minutes",
-        "(`python -m benchmarks.faults`, which stops at the first fault that does not end like this).",
+        "(`python -m benchmarks.stress.faults`, which stops at the first fault that does not end like this).",
         "",
         "| fault | what happens |",
         "|---|---|",

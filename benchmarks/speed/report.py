@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 import mla_ext
-from mla_ext import checkpoint
+from mla_ext.multimodal import checkpoint
 
 from .timing import Timing, machine
 
@@ -166,7 +166,7 @@ def _csv(rows: Sequence[Row]) -> str:
 
 def _plot(rows: Sequence[Row], names: Sequence[str], baselines: Sequence[str], path: Path) -> None:
     """A column for each group of rows that differ in their first size only: scaling, roofline, speed-up."""
-    from .evidence.figures import COLORS, MUTED, STRONG, canvas, save
+    from ..evidence.figures import COLORS, MUTED, STRONG, canvas, save
 
     groups: dict[str, list[Row]] = {}
     for row in rows:

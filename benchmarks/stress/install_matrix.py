@@ -1,6 +1,8 @@
 """Installs the package in every promised way, in throw-away environments, and writes docs/install_matrix.md.
 
-    python tests/install_matrix.py [--list] [NAME ...]        (all of them: about two hours and 20 GB of downloads)
+    python benchmarks/stress/install_matrix.py [--list] [NAME ...]
+
+All of them take about two hours and 20 GB of downloads.
 
 Each combination gets a virtual environment with one release of PyTorch, installs the package there, and works in an
 empty folder with nothing of the checkout but its tests. Rows of combinations that are not named stay as they were.
@@ -23,7 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "install_matrix.md"
 RELEASES = {"2.10": "torch==2.10.0", "2.11": "torch==2.11.0", "2.13": "torch==2.13.0", "newest": "torch"}
 BUILD_TOOLS = ["setuptools>=77", "cmake", "ninja", "pybind11"]

@@ -1,6 +1,6 @@
 """Writes docs/parity.md: every backend's error over that of plain PyTorch in the same dtype.
 
-TRITON_INTERPRET=1 python tests/parity_table.py
+TRITON_INTERPRET=1 python benchmarks/stress/parity_table.py
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from parity import error
 from mla_ext import backends, ops, reference
 from mla_ext.reference import Hyperparameters, accumulate_dtype
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "parity.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "parity.md"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 STEPS, SEEDS = 5, 3
 N, S, C, M = 64, 65, 6, 3  # samples, features, classes, modalities
@@ -124,7 +124,7 @@ PyTorch {torch.__version__} on {platform.machine()}. Triton's column comes from 
 computes with NumPy: it shows the algorithm, not a GPU's arithmetic (NumPy adds up the rows of a feature mean one after
 the other, a GPU in a tree). No GPU is behind this table; on one, `tests/test_ops.py` holds every backend to the bound.
 
-Written by `TRITON_INTERPRET=1 python tests/parity_table.py`.
+Written by `TRITON_INTERPRET=1 python benchmarks/stress/parity_table.py`.
 
 """ + "\n".join(table(names))
     temporary = PAGE.with_suffix(".tmp")

@@ -1,4 +1,6 @@
-"""The time of one head step: ours against plain PyTorch. `python -m benchmarks.head_step [--quick]`, or `make bench`.
+"""The time of one head step: ours against plain PyTorch.
+
+`python -m benchmarks.speed.head_step [--quick]`, or `make bench`.
 
 A step starts from the gradient G (C, s) and the feature mean, as backward() and the hook leave them; a candidate that
 needs no G starts from its factors, delta (N, C) and features (N, s). Single steps take turns, so that every
@@ -19,7 +21,7 @@ from collections.abc import Callable
 
 import torch
 
-from mla_ext import _checks, backends, ops
+from mla_ext import backends, checks, ops
 from mla_ext.observation import Observation
 from mla_ext.pending import ROWS, Pending
 from mla_ext.reference import Hyperparameters, accumulate_dtype
@@ -65,7 +67,7 @@ class Deferred:
         observation = Observation(state.feature_mean, len(state.features), state.features, state.delta)
         factors = observation.factors_of(state.grad) if self.factored else None
         tensors = (state.weight, state.grad, state.momentum_buffer, state.projection, state.feature_mean, state.step)
-        _checks.check_head_step(*tensors, HYPER)
+        checks.check_head_step(*tensors, HYPER)
         ops.run_head_step_(*tensors, HYPER, None, None, "cpu", self.pending, factors)
 
 

@@ -1,4 +1,6 @@
-"""Does the projection help, and when? Alternation alone against MLA. `python -m benchmarks.projection --data FILE.npz`.
+"""Does the projection help, and when? Alternation alone against MLA.
+
+`python -m benchmarks.evidence.projection --data FILE.npz`.
 
 Each seed trains with every method under the same settings, the defaults of `mla-ext train`. Fused test accuracy is
 reported twice: for the epoch that is best on the validation split, and for the last epoch, as without a validation
@@ -15,10 +17,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import mla_ext
-from mla_ext import checkpoint
-from mla_ext.recipe import Settings, build
+from mla_ext.multimodal import checkpoint
+from mla_ext.multimodal.recipe import Settings, build
 
-from .timing import machine
+from ..speed.timing import machine
 
 METHODS = {"concat": {}, "alternating": {}, "mla, alpha 1": {"alpha": 1.0}, "mla, alpha 0.1": {}}
 METHODS["mla, alpha 0.01"] = {"alpha": 0.01}

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from torch.optim import SGD, Optimizer
 
+from ..optimizer import ProjectedSGD
 from .data import MultimodalData
 from .encoders import WIDTHS, build_encoder
 from .model import ConcatModel, MultimodalModel, SharedHeadModel
-from .optimizer import ProjectedSGD
 
 METHODS = {
     "mla": "alternating steps, the head's gradient projected",

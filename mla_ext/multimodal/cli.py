@@ -16,11 +16,13 @@ from typing import Any, NoReturn
 
 import torch
 
-from . import build_info, checkpoint, parallel
+from ..info import build_info
+from . import checkpoint, parallel
 from .data import MultimodalData, digits, load_npz
 from .encoders import ENCODERS, WIDTHS
+from .evaluate import Report, evaluate
+from .fit import CHECKPOINT, fit
 from .recipe import METHODS, Settings, build
-from .training import CHECKPOINT, Report, evaluate, fit
 
 REPORT = "report.json"
 

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
-from . import build_info, checkpoint
+from ..info import build_info
+from ..ops import Hyperparameters, head_step_
+from . import checkpoint
 from .data import MultimodalData, digits
-from .ops import Hyperparameters, head_step_
+from .fit import Report, evaluate, fit
 from .recipe import Settings, build
-from .training import Report, evaluate, fit
 
 PICTURE = "mla_ext_demo.png"
 TITLES = {"concat": "Concatenation", "alternating": "Alternation alone", "mla": "MLA"}

@@ -1,6 +1,6 @@
 """Drift of P and of the weights in float32 over long runs, against the same run in float64.
 
-    python -m benchmarks.numerics            # half an hour on one core; writes benchmarks/results/numerics.{md,png}
+    python -m benchmarks.stress.numerics    # half an hour on one core; writes benchmarks/results/numerics.{md,png}
 
 Both runs are a ProjectedSGD of their own, fed the same features (8 rows a step) and the same errors of the logits: the
 gradient does not depend on the weights, so nothing pulls a weight that has drifted back.
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.timing import machine
+from benchmarks.speed.timing import machine
 from mla_ext import ProjectedSGD
 
 RESULTS = Path(__file__).parent / "results"
@@ -224,7 +224,7 @@ def main() -> None:
         "# Long runs in float32",
         "",
         f"{machine('cpu')}, {date.today()}; {(time.perf_counter() - begin) / 60:.0f} minutes "
-        "(`python -m benchmarks.numerics`).",
+        "(`python -m benchmarks.stress.numerics`).",
         "",
         "Two runs of ProjectedSGD on the same inputs, in float32 and in float64: error is the relative difference in",
         f"the Frobenius norm. lr 0.01, momentum 0.9, α = 0.1, {CLASSES} classes, {ROWS} rows a step.",

@@ -1,4 +1,6 @@
-"""A whole alternating training step: ours against the same loop in plain PyTorch. `python -m benchmarks.training`.
+"""A whole alternating training step: ours against the same loop in plain PyTorch.
+
+`python -m benchmarks.speed.training`.
 
 A step is all that `fit` does for one: the batch is gathered on the host and moved to the device, forward, backward, the
 head's gradient projected, SGD. *plain* projects with the products of `best` and steps with torch.optim.SGD; *no
@@ -20,8 +22,8 @@ from torch.optim import SGD
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mla_ext import MultimodalData, ProjectedSGD, SharedHeadModel
-from mla_ext.encoders import build_encoder
-from mla_ext.model import Step
+from mla_ext.multimodal.encoders import build_encoder
+from mla_ext.multimodal.model import Step
 
 from .baselines import ALPHA, LR, MOMENTUM, PlainProjection
 from .report import OURS, Row, arguments, write

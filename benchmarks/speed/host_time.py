@@ -1,6 +1,7 @@
 """The host's time for one head step, per backend: what Python, the checks and the dispatch take before any work.
 
-`python -m benchmarks.host_time`. The head is tiny (s = 8, C = 2), so that on the CPU the work itself is nothing; on a
+`python -m benchmarks.speed.host_time`.
+The head is tiny (s = 8, C = 2), so that on the CPU the work itself is nothing; on a
 GPU the host does not wait for it. Writes a Markdown table to benchmarks/results/.
 """
 

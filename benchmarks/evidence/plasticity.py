@@ -1,4 +1,6 @@
-"""Protection against plasticity: what `alpha` and `forget` trade. `python -m benchmarks.plasticity [--data FILE.npz]`.
+"""Protection against plasticity: what `alpha` and `forget` trade.
+
+`python -m benchmarks.evidence.plasticity [--data FILE.npz]`.
 
 P only ever shrinks, so what protects early modalities also hinders later steps. After training with each setting:
 
@@ -22,10 +24,10 @@ import torch
 from torch.optim import SGD, Optimizer
 
 import mla_ext
-from mla_ext.model import MultimodalModel
-from mla_ext.recipe import Settings, build
+from mla_ext.multimodal.model import MultimodalModel
+from mla_ext.multimodal.recipe import Settings, build
 
-from .timing import machine
+from ..speed.timing import machine
 
 CURVE = [("plain SGD", None, 0.0)]
 CURVE += [(f"forget {forget:g}", 0.1, forget) for forget in (0.3, 0.1, 0.03, 0.01, 1e-3, 0.0)]

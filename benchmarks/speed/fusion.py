@@ -1,4 +1,4 @@
-"""The time of the entropy fusion: ours against plain PyTorch. `python -m benchmarks.fusion [--quick]`.
+"""The time of the entropy fusion: ours against plain PyTorch. `python -m benchmarks.speed.fusion [--quick]`.
 
 The floor: the logits read and the fused logits and weights written, all at the bandwidth of a sum over the logits,
 measured in the same run.

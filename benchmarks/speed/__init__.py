@@ -1,0 +1,1 @@
+"""The speed of the operations and of whole steps, ours against PyTorch."""

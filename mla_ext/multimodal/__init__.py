@@ -1,0 +1,1 @@
+"""The whole method around the optimizer: data, encoders, models, training, evaluation and the command line."""

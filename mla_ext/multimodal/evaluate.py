@@ -1,0 +1,118 @@
+"""`evaluate` scores a model on a split; `predict` gives its predictions for any samples."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..ops import entropy_fusion
+from .data import SPLITS, MultimodalData
+from .metrics import Score, score
+from .model import MultimodalModel
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """Logits for N samples, M modalities, C classes, and the weights λ of the entropy fusion."""
+
+    unimodal: Tensor  # (M, N, C), zero where the sample lacks the modality
+    present: Tensor  # bool (M, N)
+    fusions: dict[str, Tensor]  # (N, C) each: "mean" and "entropy", and "joint" if the model has such a prediction
+    weights: Tensor  # (M, N): 1 for the only modality of a sample, 0 for a missing one
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """How good a model is on one split.
+
+    modalities: each modality alone, on the samples that have it (one that no sample has is left out); fusions: as in
+    `Prediction`, on the samples that have any; fused: the fusion that stands for the model, "joint" if it has one,
+    else "entropy"; loss: the mean cross entropy of that fusion.
+    """
+
+    split: str
+    modalities: dict[str, Score]
+    fusions: dict[str, Score]
+    fused: str
+    loss: float
+
+    @property
+    def accuracy(self) -> float:
+        return self.fusions[self.fused].accuracy
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@torch.no_grad()
+def predict(model: MultimodalModel, data: MultimodalData, indices: Tensor, batch_size: int = 512) -> Prediction:
+    """Predict the samples `indices`, int64 (N,) with N >= 1, in evaluation mode; the model's mode is restored.
+
+    "mean" is the mean of the logits of the modalities present, "entropy" is `entropy_fusion` of them (eq. 7-9).
+    """
+    with mode_of(model, training=False):
+        batches = [model.logits(data, batch) for batch in indices.split(batch_size)]
+    unimodal = torch.cat([b.unimodal for b in batches], dim=1)
+    present = torch.cat([b.present for b in batches], dim=1)
+    entropy, weights = entropy_fusion(unimodal, present)
+    mean = unimodal.sum(dim=0) / present.sum(dim=0).clamp(min=1).unsqueeze(-1)
+    fusions = {"mean": mean, "entropy": entropy}
+    if batches[0].joint is not None:
+        fusions["joint"] = torch.cat([b.joint for b in batches])
+    return Prediction(unimodal, present, fusions, weights)
+
+
+def evaluate(model: MultimodalModel, data: MultimodalData, split: str = "test", batch_size: int = 512) -> Report:
+    """Score the model on a split ("train", "validation" or "test") of `data`. Changes nothing about the model."""
+    if split not in SPLITS:
+        raise ValueError(f"split: expected one of {SPLITS}, got {split!r}")
+    check_model_and_data(model, data)
+    check_positive("batch_size", batch_size)
+    indices = data.indices(split)
+    indices = indices[torch.stack([data.present(m)[indices] for m in model.modalities]).any(dim=0)]
+    if len(indices) == 0:
+        raise ValueError(f"split: expected one with samples, got {split!r}, which has none")
+    prediction = predict(model, data, indices, batch_size)
+    labels = data.labels[indices].to(prediction.weights.device)
+    modalities = {
+        m: score(logits[present], labels[present])
+        for m, logits, present in zip(model.modalities, prediction.unimodal, prediction.present, strict=True)
+        if present.any()
+    }
+    fusions = {name: score(logits, labels) for name, logits in prediction.fusions.items()}
+    fused = "joint" if "joint" in fusions else "entropy"
+    loss = F.cross_entropy(prediction.fusions[fused], labels).item()
+    return Report(split, modalities, fusions, fused, loss)
+
+
+@contextmanager
+def mode_of(model: MultimodalModel, training: bool) -> Iterator[None]:
+    """Training or evaluation mode; afterwards every submodule is in its own mode again."""
+    modes = {module: module.training for module in model.modules()}
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def check_model_and_data(model: MultimodalModel, data: MultimodalData) -> None:
+    if not isinstance(model, MultimodalModel):
+        raise TypeError(f"model: expected a MultimodalModel, such as SharedHeadModel, got {type(model).__name__}")
+    if not isinstance(data, MultimodalData):
+        raise TypeError(f"data: expected MultimodalData, got {type(data).__name__}")
+    model.check(data)
+
+
+def check_positive(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an integer, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name}: expected at least 1, got {value}")
