@@ -163,8 +163,8 @@ def check_head_step(step: HeadStep) -> None:
         raise ValueError("normalize: expected False in the rank form, whose norm is not at hand; use rank=None")
     for name, value in (("grad_scale", step.grad_scale), ("found_inf", step.found_inf)):
         if value is not None:
-            shape = (1,) if isinstance(value, Tensor) and value.shape == (1,) else ()  # as torch's fused kernels
-            check_tensor(name, value, shape, (torch.float32,), device)
+            one = (1,) if isinstance(value, Tensor) and value.shape == (1,) else ()  # both, as torch's fused kernels
+            check_tensor(name, value, one, (torch.float32,), device)
 
 
 def has_momentum(momentum: float | Tensor) -> bool:
