@@ -37,7 +37,8 @@ class Usage:
 def compile_source(source: Path, architecture: str, target: Path) -> str:
     """nvcc's report, or AssertionError with what it says against the source."""
     command = [NVCC, "-std=c++17", "-O3", f"-arch={architecture}", "-Xptxas", "-v", "--Werror", "all-warnings"]
-    done = subprocess.run([*command, f"-I{ROOT / 'csrc'}", "--cubin", source, "-o", target], capture_output=True, text=True)
+    command.append(f"-I{ROOT / 'csrc'}")
+    done = subprocess.run([*command, "--cubin", source, "-o", target], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stderr
 
