@@ -20,6 +20,7 @@ test: lint
 lint: $(VENV)/.installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
 	$(VENV)/bin/clang-format --dry-run -Werror $(NATIVE)
 
 format: $(VENV)/.installed
