@@ -11,18 +11,6 @@ from torch import Tensor
 
 from .reference import Hyperparameters, accumulate_dtype
 
-__all__ = [
-    "WEIGHT_DTYPES",
-    "check_head_step",
-    "check_hyperparameters",
-    "check_nonempty",
-    "check_number",
-    "check_rls_update",
-    "check_tensor",
-    "check_writable",
-    "describe",
-]
-
 WEIGHT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
