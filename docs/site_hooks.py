@@ -1,7 +1,11 @@
-"""Hooks of mkdocs.yml: pages link to the repository's files as they lie there, and the site has those files too."""
+"""Hooks of mkdocs.yml: pages link to the repository's files as they lie there, and the site has those files too.
+
+A paragraph that is only a link to a file of examples/ shows that file in the site.
+"""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from mkdocs.structure.files import File
@@ -25,8 +29,13 @@ def on_files(files, config):
     return files
 
 
+def with_source(link):
+    return f"{link[0]}\n\n```python\n{(ROOT / link[1]).read_text(encoding='utf-8')}```"
+
+
 def on_page_markdown(markdown, page, config, files):
     """In the site, the files beside docs/ in the repository lie beside its pages."""
+    markdown = re.sub(r"^\[(examples/\w+\.py)\]\(.*\)$", with_source, markdown, flags=re.MULTILINE)
     if Path(page.file.abs_src_path).is_relative_to(config.docs_dir):
         to_pages = "../" * page.file.src_uri.count("/")
         return markdown.replace(f"]({to_pages}../README.md", f"]({to_pages}index.md").replace(
