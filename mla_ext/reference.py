@@ -20,6 +20,7 @@ __all__ = [
     "entropy_fusion",
     "feature_mean",
     "head_step",
+    "rank_compress",
     "rls_update",
 ]
 
