@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import mla_ext
+from mla_ext import backends
 from mla_ext.multimodal import cli
 
 ROOT = Path(__file__).parents[1]
@@ -143,6 +144,19 @@ def test_pages_are_in_plain_english(page):
     """Phrases that readers whose first language is not English stumble over."""
     stilted = r"(?:^|[.:] )Of\b|\bbut for\b|\bmend(?:s|ed)?\b|nothing else is to|\bis to be had\b"
     assert re.findall(stilted, prose(page.read_text("utf-8")), flags=re.MULTILINE) == []
+
+
+def test_the_guide_lists_every_function_of_a_backend():
+    page = (ROOT / "docs" / "backends.md").read_text("utf-8")
+    functions = [
+        name for name in vars(backends.Backend) if not name.startswith("_") and name not in ("name", "preference")
+    ]
+    assert len(functions) >= 6 and [name for name in functions if f"`{name}(" not in page] == []
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "mla_ext").glob("[!_]*.py")), ids=lambda path: path.name)
+def test_public_modules_say_what_is_public(path):
+    assert "\n__all__ = [" in path.read_text("utf-8")
 
 
 def test_the_citations_name_this_version():
