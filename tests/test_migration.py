@@ -18,6 +18,8 @@ from torch import nn
 
 import mla_ext
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 OLD = Path(__file__).parent / "data" / "0.1.0"
 ACTIVE = {20: 20, 300: 60}  # s: how many features ever are; elsewhere P stays the identity, so its file is small
 FORGET = {20: 1e-3, 300: 0.0}
@@ -106,14 +108,6 @@ def tolerance():
         if json.loads((OLD / "machine.json").read_text()) == machine()
         else {"rtol": 1e-4, "atol": 1e-5}
     )
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("s", ACTIVE)
