@@ -26,11 +26,11 @@ def batch(seed, n=4, dtype=torch.float32, device=None, classes=3):
 
 def train(model, optimizer, steps, scheduler=None, first=0, forward=None):
     """Steps `first` to `first + steps` on a batch each; `forward` stands in for calling the model."""
-    device = next(model.parameters()).device
+    forward, device = model if forward is None else forward, next(model.parameters()).device
     for t in range(first, first + steps):
         x, y = batch(t, device=device)
         optimizer.zero_grad()
-        nn.functional.cross_entropy((forward or model)(x), y).backward()
+        nn.functional.cross_entropy(forward(x), y).backward()
         optimizer.step()
         if scheduler:
             scheduler.step()
