@@ -14,6 +14,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+__all__ = [
+    "Hyperparameters",
+    "accumulate_dtype",
+    "entropy_fusion",
+    "feature_mean",
+    "head_step",
+    "rank_compress",
+    "rls_update",
+]
+
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of P, of h̄ and of a projected weight's momentum buffer: float64 for float64, else float32."""

@@ -308,7 +308,7 @@ def test_a_step_is_two_launches_and_one_more_to_normalize(absorb, normalize, for
 def test_the_table_of_accuracies_has_every_operation_and_dtype():
     from benchmarks.stress import parity_table
 
-    page = (TESTS.parent / "docs" / "parity.md").read_text(encoding="utf-8")
+    page = (TESTS.parent / "docs" / "dev" / "parity.md").read_text(encoding="utf-8")
     rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
     assert rows[0][2:] == ["cpu", "triton", "reference"]
     wanted = [[name, str(dtype)[6:]] for name, (_, dtypes) in parity_table.OPERATIONS.items() for dtype in dtypes]
