@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from mla_ext.reference import accumulate_dtype
 
+from ..released import released_update
+
 LR, MOMENTUM, ALPHA = 1e-3, 0.9, 0.1
 
 
@@ -54,14 +56,6 @@ def make_state(C: int, s: int, device: str, dtype: torch.dtype = torch.float32, 
         features=features,
         delta=delta,
     )
-
-
-def released_update(P: Tensor, feature_mean: Tensor, alpha: float) -> Tensor:
-    """The update of P (s, s) in the authors' released code, were it reached: its denominator is an s×s matrix."""
-    r = feature_mean.unsqueeze(0)
-    k = P @ r.t()
-    P = P - (k @ k.t()) / (alpha + k @ r)
-    return P / torch.linalg.matrix_norm(P)
 
 
 def released(state: State) -> None:

@@ -162,10 +162,10 @@ def measure(s: int, C: int, N: int, device: str, dtype: torch.dtype, rate: float
 
 
 def main() -> None:
-    parsed = arguments(__doc__)
+    parsed = arguments(__doc__, GRID, QUICK)
     rate = matmul_rate(parsed.device, accumulate_dtype(parsed.dtype))
     rows = []
-    for s, C, N in QUICK if parsed.quick else GRID:
+    for s, C, N in parsed.sizes:
         rows.append(measure(s, C, N, parsed.device, parsed.dtype, rate, parsed.seconds))
         print(rows[-1].title, rows[-1].skipped or "", flush=True)
     about = f"""Head step, momentum 0.9, absorb after; median (p20–p80) of single steps that take turns. A form that

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -115,20 +114,3 @@ def matmul_rate(device: str, dtype: torch.dtype, n: int = 1024) -> float:
     out = a @ a
     timings, _ = time_interleaved({"product": Candidate(lambda: torch.mm(a, a, out=out))}, 3, device)
     return 2 * n**3 / (timings["product"].p20 * 1e-3)
-
-
-def machine(device: str) -> str:
-    """One line on what was measured, for the head of a table."""
-    name = torch.cuda.get_device_name() if device == "cuda" else _cpu_name()
-    threads, load = torch.get_num_threads(), os.getloadavg()[0]
-    return (
-        f"{name}, {threads} threads, load {load:.1f}, PyTorch {torch.__version__}, Python {platform.python_version()}"
-    )
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
