@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from mla_ext.reference import accumulate_dtype
 
@@ -105,8 +106,32 @@ class PlainProjection:
     def _record(self, head: nn.Module, args: tuple[Tensor, ...]) -> None:
         self.feature_mean = args[0].detach().mean(0)
 
+    def projected(self) -> Tensor:
+        return project_and_absorb(self.weight.grad, self.feature_mean, self.P)
+
     def __call__(self) -> None:
-        self.weight.grad = project_and_absorb(self.weight.grad, self.feature_mean, self.P)
+        self.weight.grad = self.projected()
+
+
+class PlainProjectedSGD(Optimizer):
+    """The method as a user would write it in plain PyTorch: SGD by hand, one head's gradient projected before it."""
+
+    def __init__(self, params: Iterable[Tensor], head: nn.Linear, lr: float, momentum: float, weight_decay: float):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.projection = PlainProjection(head)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for param in group["params"]:
+                grad = self.projection.projected() if param is self.projection.weight else param.grad
+                grad = grad.add(param, alpha=group["weight_decay"])
+                state = self.state[param]
+                if "momentum_buffer" in state:
+                    state["momentum_buffer"].mul_(group["momentum"]).add_(grad)
+                else:
+                    state["momentum_buffer"] = grad.clone()
+                param.add_(state["momentum_buffer"], alpha=-group["lr"])
 
 
 def graphed(call: Callable[[], object]) -> Callable[[], None]:

@@ -117,10 +117,10 @@ def write(
     checkpoint.write_text(stem.with_suffix(".csv"), _csv(rows))
     content = {"about": made, "rows": [dataclasses.asdict(row) for row in rows]}
     checkpoint.write_text(stem.with_suffix(".json"), json.dumps(content, indent=1) + "\n")
-    if importlib.util.find_spec("matplotlib"):
-        figure = (draw or scaling)([row for row in rows if row.timings], baselines)
-        plots.save(figure, stem.with_suffix(".png"))
-    else:
+    timed = [row for row in rows if row.timings]
+    if timed and importlib.util.find_spec("matplotlib"):
+        plots.save((draw or scaling)(timed, baselines), stem.with_suffix(".png"))
+    elif timed:
         print("no plots: matplotlib is not installed")
     print(page)
 
@@ -151,10 +151,12 @@ def _tables(rows: Sequence[Row], names: Sequence[str], baselines: Sequence[str])
         ratios.append(start + ratio)
         memory.append(start + [f"{row.memory[name] / 2**20:.4g}" if name in row.memory else "-" for name in names])
     floor = ["ours ÷ floor", "floor, ms", "MB", "GFLOP", "GB/s, ours of measured"]
-    columns = [*sizes, "ours", *(f"÷ {b}" for b in baselines), *(floor if any(row.floor for row in measured) else [])]
+    has_floor = any(row.floor for row in measured)
+    columns = [*sizes, "ours", *(f"÷ {b}" for b in baselines), *(floor if has_floor else [])]
+    heading = "Baselines ÷ the fastest of ours" + (", and ours ÷ the floor" if has_floor else "")
     tables = [
         _table([*sizes, *(f"{name}, ms" for name in names)], times),
-        "Baselines ÷ the fastest of ours, and ours ÷ the floor:\n\n" + _table(columns, ratios),
+        f"{heading}:\n\n" + _table(columns, ratios),
     ]
     if any(row.memory for row in measured):
         tables.append(
@@ -228,4 +230,21 @@ def scaling(rows: Sequence[Row], baselines: Sequence[str]) -> Any:
         ax.legend(fontsize=7, frameon=False)
     for ax in axes.flat:
         ax.xaxis.set_minor_formatter("")
+    return figure
+
+
+def bars(rows: Sequence[Row], baselines: Sequence[str]) -> Any:
+    """A panel for each value of the first size, with each baseline's time over that of ours."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(str(next(iter(row.sizes.values()))), []).append(row)
+    figure, axes = plots.canvas(len(groups), 1, 11, 3.2)
+    colors = dict(zip(baselines, plots.COLORS, strict=False))
+    for ax, (title, group) in zip(axes.flat, groups.items(), strict=True):
+        labels = [", ".join(map(str, list(row.sizes.values())[1:])) for row in group]
+        compared = [name for name in baselines if any(name in row.timings for row in group)]
+        heights = {name: [row.speedup(name) or 0 for row in group] for name in compared}
+        plots.ratios(ax, labels, heights, colors)
+        ax.set(title=title, ylabel="baseline ÷ ours")
+        ax.legend(fontsize=7, frameon=False)
     return figure

@@ -18,11 +18,13 @@ ROUNDS = 7  # at least, after one that does not count
 class Candidate:
     """`call` makes one step. What it puts off is paid within `steps` of them: only whole cycles of so many count.
 
-    Single steps take turns with the other candidates', so that all meet the same caches.
+    Single steps take turns with the other candidates', so that all meet the same caches. `before` runs ahead of each
+    call and is not timed.
     """
 
     call: Callable[[], object]
     steps: int = 1
+    before: Callable[[], object] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ def _summary(samples: list[float], steps: int) -> Timing:
 
 
 def _time_once(candidate: Candidate, device: str) -> float:
+    candidate.before()
     if device == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize()
