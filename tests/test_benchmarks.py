@@ -120,7 +120,7 @@ def test_a_contestant_of_a_step_that_computes_something_else_is_seen(ways, wrong
         step.check(ways)
 
 
-def test_a_step_has_a_row_of_its_own_and_one_in_the_training_step(monkeypatch, tmp_path):
+def test_a_step_has_a_row_of_its_own_and_one_in_the_training_step(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda f: f)
     rows = step.measure("linear", 8, 3, "cpu", 0.2)
     assert [row.sizes["timed"] for row in rows] == [step.WHOLE, step.STEP]
@@ -128,18 +128,26 @@ def test_a_step_has_a_row_of_its_own_and_one_in_the_training_step(monkeypatch, t
         assert row.timings.keys() | row.skipped.keys() == {*step.BASELINES, report.OURS}
     (images,) = step.make_ways("small", 8, 3, "cpu")["SGD"].model[:1]
     assert images(torch.zeros(1, 3, 64, 64)).shape == (1, 8)
-    parsed = Namespace(out=tmp_path, device="cpu", dtype=torch.float32)
-    report.write("step", "About.", rows, step.BASELINES, parsed, report.bars)
-    assert (tmp_path / "step_cpu.png").stat().st_size > 0
+
+
+def test_bars_are_baselines_over_ours():
+    timings = {"SGD": timing.Timing(4.0, 3.0, 5.0), "mla_ext": timing.Timing(2.0, 1.0, 3.0)}
+    rows = [report.Row({"timed": what, "s": 8}, timings) for what in ("step()", "training step")]
+    figure = report.bars(rows, ["SGD", "plain"])
+    assert [ax.get_title() for ax in figure.axes] == ["step()", "training step"]
+    assert [[bar.get_height() for bar in ax.patches] for ax in figure.axes] == [[2.0], [2.0]]
 
 
 def test_what_comes_before_a_call_is_not_timed():
     calls = []
-    candidate = timing.Candidate(
-        lambda: calls.append("call"), before=lambda: (calls.append("before"), time.sleep(0.01))
-    )
+
+    def wait():
+        calls.append("before")
+        time.sleep(0.05)
+
+    candidate = timing.Candidate(lambda: calls.append("call"), before=wait)
     timings, _ = timing.time_interleaved({"it": candidate}, 0.1, "cpu")
-    assert timings["it"].median < 5
+    assert timings["it"].median < 25
     assert calls[:2] == ["before", "call"] and calls.count("before") == calls.count("call")
 
 
@@ -155,10 +163,9 @@ def test_host_time_makes_whole_steps():
 
 
 def write_timings(path, **timings):
-    rows = [
-        {"sizes": {"s": 8, "C": 2}, "timings": {n: dict(zip(("median", "p20", "p80"), t)) for n, t in timings.items()}}
-    ]
-    path.write_text(json.dumps({"about": "", "rows": rows}), encoding="utf-8")
+    named = {name: vars(timing.Timing(*values)) for name, values in timings.items()}
+    content = {"about": "", "rows": [{"sizes": {"s": 8, "C": 2}, "timings": named}]}
+    path.write_text(json.dumps(content), encoding="utf-8")
     return str(path)
 
 

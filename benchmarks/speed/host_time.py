@@ -76,7 +76,7 @@ def measure(timed: str, calls: Mapping[str, Callable[[], object]], device: str, 
 
 def main() -> None:
     kinds = {"op": ("ops.head_step_", op_calls), "step": ("hook and step()", step_calls)}
-    parsed = arguments(__doc__, [(kind,) for kind in kinds], [(kind,) for kind in kinds])
+    parsed = arguments(__doc__, [(kind,) for kind in kinds], [(kind,) for kind in kinds], ["float32"])
     torch.set_num_threads(1)
     names = backends.usable(torch.device(parsed.device))
     rows = []

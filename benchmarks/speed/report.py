@@ -23,6 +23,7 @@ from ..machine import machine
 from .timing import Timing
 
 Sizes = tuple[int | str, ...]
+DTYPES = ("float32", "float64", "bfloat16", "float16")
 OURS = "mla_ext"  # what the names of our candidates begin with
 
 
@@ -77,14 +78,16 @@ class Row:
 Draw = Callable[[Sequence[Row], Sequence[str]], Any]
 
 
-def arguments(description: str, grid: Sequence[Sizes], quick: Sequence[Sizes]) -> argparse.Namespace:
+def arguments(
+    description: str, grid: Sequence[Sizes], quick: Sequence[Sizes], dtypes: Sequence[str] = DTYPES
+) -> argparse.Namespace:
     """The options of every benchmark. `sizes`: what --only names of `grid`; else `quick` or all, as --quick says."""
     names = {",".join(map(str, sizes)): sizes for sizes in grid}
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few sizes, little time for each")
     parser.add_argument("--only", nargs="+", choices=names, metavar="SIZES", help="these only: " + " ".join(names))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "float64", "bfloat16", "float16"))
+    parser.add_argument("--dtype", default="float32", choices=dtypes)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parsed = parser.parse_args()
     parsed.sizes = [names[name] for name in parsed.only] if parsed.only else quick if parsed.quick else grid

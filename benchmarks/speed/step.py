@@ -117,9 +117,7 @@ def measure(encoder: str, s: int, C: int, device: str, seconds: float) -> list[R
 
 
 def main() -> None:
-    parsed = arguments(__doc__, GRID, QUICK)
-    if parsed.dtype != torch.float32:
-        raise SystemExit("--dtype: the models train in float32")
+    parsed = arguments(__doc__, GRID, QUICK, ["float32"])
     rows = []
     for encoder, s, C in parsed.sizes:
         slow = 10 if encoder == "resnet18" and parsed.device == "cpu" else 1  # a step of it takes most of a second
