@@ -25,6 +25,12 @@ def canvas(rows: int, columns: int, width: float, height: float) -> tuple[Any, A
     return figure, axes
 
 
+def line(ax: Any, points: Sequence[tuple[float, float]], **style: Any) -> None:
+    """A line through the points, if there are any."""
+    if points:
+        ax.plot(*zip(*points, strict=True), "o-", markersize=3, **style)
+
+
 def ratios(
     ax: Any, labels: Sequence[object], heights: Mapping[str, Sequence[float]], colors: Mapping[str, str]
 ) -> None:

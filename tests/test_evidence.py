@@ -235,7 +235,7 @@ def test_the_released_projection_runs_as_written():
     assert not torch.allclose(P, P.t())  # which is why it is no projection
     state = baselines.make_state(3, 5, "cpu")
     baselines.released(state)
-    torch.testing.assert_close(state.projection, baselines.released_update(torch.eye(5), state.feature_mean, 0.1))
+    torch.testing.assert_close(state.projection.base, baselines.released_update(torch.eye(5), state.feature_mean, 0.1))
 
 
 # ---- The protocol ----------------------------------------------------------------------------------------------------

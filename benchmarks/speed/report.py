@@ -137,6 +137,8 @@ def _tables(rows: Sequence[Row], names: Sequence[str], baselines: Sequence[str])
     measured = [row for row in rows if row.timings]
     sizes = list(measured[0].sizes) if measured else []
     number = "{:.2f}".format
+    floor = ["ours ÷ floor", "floor, ms", "MB", "GFLOP", "GB/s, ours of measured"]
+    has_floor = any(row.floor for row in measured)
     times, ratios, memory = [], [], []
     for row in measured:
         start = list(row.sizes.values())
@@ -151,10 +153,10 @@ def _tables(rows: Sequence[Row], names: Sequence[str], baselines: Sequence[str])
                 f"{row.floor.flop / 1e9:.4g}",
                 reached if reached == "-" else f"{reached:.1f} of {row.floor.bytes_per_second / 1e9:.1f}",
             ]
+        elif has_floor:
+            ratio += ["-"] * len(floor)
         ratios.append(start + ratio)
         memory.append(start + [f"{row.memory[name] / 2**20:.4g}" if name in row.memory else "-" for name in names])
-    floor = ["ours ÷ floor", "floor, ms", "MB", "GFLOP", "GB/s, ours of measured"]
-    has_floor = any(row.floor for row in measured)
     columns = [*sizes, "ours", *(f"÷ {b}" for b in baselines), *(floor if has_floor else [])]
     heading = "Baselines ÷ the fastest of ours" + (", and ours ÷ the floor" if has_floor else "")
     tables = [
@@ -203,20 +205,19 @@ def scaling(rows: Sequence[Row], baselines: Sequence[str]) -> Any:
         groups.setdefault(", ".join(f"{name}={value}" for name, value in rest), []).append(row)
     has_floor = any(row.floor for row in rows)
     figure, axes = plots.canvas(3 if has_floor else 2, len(groups), 4.0, 3.0)
-    colors = dict(zip([*(n for n in names if n.startswith(OURS)), *baselines], plots.COLORS, strict=False))
+    colors = dict(zip([*baselines, *(n for n in names if n.startswith(OURS))], plots.COLORS, strict=False))
     for column, (title, group) in zip(axes.T, groups.items(), strict=True):
         size = next(iter(group[0].sizes))
         for name in names:
             points = [(row.sizes[size], row.timings[name].median) for row in group if name in row.timings]
-            column[0].plot(
-                *zip(*points, strict=True), "o-", markersize=3, color=colors.get(name, plots.MUTED), label=name
-            )
+            plots.line(column[0], points, color=colors.get(name, plots.MUTED), label=name)
         column[0].set(title=title, xscale="log", yscale="log", xlabel=size, ylabel="ms per step")
         compared = [row for row in group if row.ours]
         heights = {baseline: [row.speedup(baseline) or 0 for row in compared] for baseline in baselines}
         plots.ratios(column[-1], [row.sizes[size] for row in compared], heights, colors)
         column[-1].set(xlabel=size, ylabel="baseline ÷ ours", yscale="log")
-        if not has_floor:
+        group = [row for row in group if row.floor]
+        if not group:
             continue
         for name in (n for n in names if n in colors):
             points = [
@@ -224,7 +225,7 @@ def scaling(rows: Sequence[Row], baselines: Sequence[str]) -> Any:
                 for row in group
                 if name in row.timings
             ]
-            column[1].plot(*zip(*points, strict=True), "o-", markersize=3, color=colors[name])
+            plots.line(column[1], points, color=colors[name])
         roof = [(row.floor.bytes, row.floor.bytes / row.floor.ms / 1e6) for row in group]
         column[1].plot(*zip(*roof, strict=True), ":", color=plots.STRONG, label="floor")
         column[1].set(xscale="log", yscale="log", xlabel="bytes of the model", ylabel="GB/s of the model's bytes")
