@@ -90,7 +90,7 @@ class ProjectedSGD(Optimizer):
         backends.check_name(backend)
         self.backend = backend
         self.process_group = process_group
-        self._attached: set[Tensor] = set()
+        self._attached: dict[Tensor, None] = {}  # no set: torch.compile takes sets of no tensors
         self._observed: dict[Tensor, Observation] = {}
         self._checked_groups: dict[int, Hyperparameters] = {}
         self._link = Link()
@@ -215,7 +215,7 @@ class ProjectedSGD(Optimizer):
         for group in self.param_groups:
             for param in group["params"]:
                 loading.restore(self.state, param, saved.get(param, {}), group, self.backend)
-                if param in self._attached and not self._has_projection(param):
+                if param in self._attached and not head_state.has_projection(self.state.get(param, {})):
                     warnings.warn(
                         "the loaded state has no projection for an attached weight: its P starts from the identity",
                         stacklevel=2,
@@ -241,10 +241,10 @@ class ProjectedSGD(Optimizer):
             computed = "" if weight.is_leaf else " that is computed, as a parametrised module's is"
             raise ValueError(f"{name}: expected a parameter of this optimizer, got {checks.describe(weight)}{computed}")
         check_sharding(name, weight)
-        self._attached.add(weight)
+        self._attached[weight] = None
 
-    def _has_projection(self, param: Tensor) -> bool:
-        return head_state.get_projection(self.state.get(param, {})) is not None
+    def _is_projected(self, param: Tensor) -> bool:
+        return param in self._attached or head_state.has_projection(self.state.get(param, {}))
 
     def _checked(self, index: int, group: dict[str, Any]) -> Hyperparameters:
         """The group's hyperparameters, checked anew when one of them is another object than at the last step."""
@@ -266,9 +266,8 @@ class ProjectedSGD(Optimizer):
         for index, group in enumerate(self.param_groups):
             hyper = self._checked(index, group)
             params = [param for param in group["params"] if param.grad is not None]
-            projected = {param for param in params if param in self._attached or self._has_projection(param)}
-            heads += [(group, hyper, param) for param in params if param in projected]
-            plain.append((group, [param for param in params if param not in projected]))
+            heads += [(group, hyper, param) for param in params if self._is_projected(param)]
+            plain.append((group, [param for param in params if not self._is_projected(param)]))
 
         observations = [self._observed.get(weight) for *_, weight in heads]
         means = [None if observation is None else observation.mean for observation in observations]
