@@ -70,7 +70,7 @@ void any_entropy_fusion(DType dtype, const EntropyFusion& fusion, ParallelFor pa
 }  // namespace
 
 extern const Kernels kernels;
-const Kernels kernels = {any_feature_mean, any_rls_update, any_head_step,     any_project,
+const Kernels kernels = {any_feature_mean, any_rls_update, any_head_step,      any_project,
                          any_fold,         any_correct,    any_entropy_fusion, plain_sgd};
 
 }  // namespace mla_ext::cpu::MLA_EXT_ISA

@@ -8,8 +8,6 @@ namespace mla_ext::cpu::MLA_EXT_ISA {
 
 namespace {
 
-// Fewer elements than this are not worth the wake of a thread (benchmarks/NOTES.md).
-constexpr int64_t kElementsPerTask = 32768;
 // Splits of a tensor fall on whole cache lines of it.
 constexpr int64_t kAlignment = 16;
 // What is divided by the scale is still in cache when it is used.
@@ -93,7 +91,7 @@ void plain_sgd(const PlainSgd& step, ParallelFor parallel_for) {
                                      : unscale_and_step<float>(step, tensor, first, last);
     }
   };
-  parallel_for(0, step.size, kElementsPerTask, body, const_cast<PlainSgd*>(&step));
+  parallel_for(0, step.size, kElementsOfOneThread, body, const_cast<PlainSgd*>(&step));
 }
 
 }  // namespace mla_ext::cpu::MLA_EXT_ISA

@@ -5,6 +5,9 @@
 
 namespace mla_ext::cpu {
 
+// Fewer elements than this are not worth the wake of a thread (benchmarks/NOTES.md).
+constexpr int64_t kElementsOfOneThread = 32768;
+
 struct SgdTensor {
   void* weight;           // in place
   void* grad;             // in place: divided by the scale, where there is one
@@ -15,7 +18,7 @@ struct SgdTensor {
 };
 
 struct PlainSgd {
-  const SgdTensor* tensors;  // that overlap nowhere
+  const SgdTensor* tensors;  // that share no memory, where they are more than one thread steps
   int64_t count;
   int64_t size;   // the elements of all
   bool is_first;  // the momentum buffers start as the gradients
