@@ -6,9 +6,9 @@ that works without it.
 
 import contextlib
 import copy
-import fractions
 import functools
 import warnings
+from fractions import Fraction
 
 import numpy
 import pytest
@@ -139,7 +139,7 @@ def test_numbers_of_other_types_are_numbers(kind):
 
 @pytest.fixture
 def swapping():
-    """Conversions that keep the parameter and swap its contents, as .cuda() does: so CPU and meta do for CPU and GPU."""
+    """Conversions keep the parameter and swap its contents, as .cuda() does, so that meta stands for the GPU."""
     torch.__future__.set_swap_module_params_on_conversion(True)
     yield
     torch.__future__.set_swap_module_params_on_conversion(False)

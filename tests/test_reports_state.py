@@ -324,7 +324,7 @@ def test_copies_with_a_process_group(process_group, together):
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
 @pytest.mark.parametrize("model_first", [True, False])
 def test_a_copy_of_model_and_optimizer_is_attached_to_itself(how, model_first):
-    """Of the kind of 4: in either order, the copied head feeds the copied optimizer, which the first one may outlive."""
+    """Of the kind of 4: in either order, the copied head feeds the copied optimizer, without the first one."""
     model, optimizer = attached(momentum=0.9)
     train(model, optimizer, 2)
     if model_first:

@@ -277,10 +277,9 @@ def test_parameters_that_are_frozen_or_empty_or_alone(info):
 def test_closures(info):
     for _, options in configurations(info):
         params = parameters()
-        optimizer = info.optim_cls(params, **options)
-        calls = []
+        optimizer, calls = info.optim_cls(params, **options), []
 
-        def closure():
+        def closure(optimizer=optimizer, params=params, calls=calls):
             calls.append(torch.is_grad_enabled())
             optimizer.zero_grad()
             loss = loss_of(*params)
@@ -533,7 +532,7 @@ def test_momentum_makes_state_for_all(info):
 
 @every
 def test_step_hooks(info):
-    params, optimizer = trained(info, {})
+    _, optimizer = trained(info, {})
     seen = []
 
     def hook(name):
@@ -559,7 +558,7 @@ def test_step_hooks(info):
 
 @every
 def test_a_step_pre_hook_may_change_the_closure(info):
-    params, optimizer = trained(info, {})
+    _, optimizer = trained(info, {})
     optimizer.register_step_pre_hook(lambda it, args, kwargs: ((it, lambda: 7.0), {}))
     assert optimizer.step(lambda: 1.0) == 7.0
 
@@ -583,7 +582,7 @@ def test_state_dict_hooks(info):
 
 @every
 def test_load_state_dict_hooks(info):
-    params, optimizer = trained(info, {"lr": 0.01, "momentum": 0.9})
+    _, optimizer = trained(info, {"lr": 0.01, "momentum": 0.9})
     saved, order = copy.deepcopy(optimizer.state_dict()), []
 
     def doubled(it, state):
