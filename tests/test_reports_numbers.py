@@ -116,9 +116,9 @@ def test_global_settings_change_nothing_that_is_loaded(setting):
 NUMBERS = {
     "numpy": {"lr": numpy.float64(0.125), "momentum": numpy.float32(0.5), "alpha": numpy.float64(0.25)},
     "fractions": {
-        "lr": fractions.Fraction(1, 8),
-        "momentum": fractions.Fraction(1, 2),
-        "alpha": fractions.Fraction(1, 4),
+        "lr": Fraction(1, 8),
+        "momentum": Fraction(1, 2),
+        "alpha": Fraction(1, 4),
     },
     "tensors": {"lr": torch.tensor(0.125), "momentum": 0.5, "alpha": torch.tensor(0.25, dtype=torch.float64)},
 }
