@@ -100,6 +100,10 @@ def head_step(
     return (weight.to(P.dtype) - hyper.lr * g).to(weight.dtype), momentum_buffer, absorbed
 
 
+def rank_compress(beta: Tensor, K: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+    raise NotImplementedError  # branch cpu
+
+
 def entropy_fusion(logits: Tensor, present: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Fuse the modalities' logits sample by sample, each weighted by its certainty (eq. 7-9).
 

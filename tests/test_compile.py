@@ -27,13 +27,15 @@ def randn(*shape, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
 
 
-def head(dtype, *optional):
+def head(dtype, *optional, rows=None, count=None):
     """Arguments of head_step_; `optional` are grad_scale, found_inf and what follows them."""
     C, s = 3, 5
     like = {"dtype": torch.float64 if dtype == torch.float64 else torch.float32}
     weight, grad = randn(2, C, s, dtype=dtype)
     tensors = (weight, grad, torch.zeros(C, s, **like), torch.eye(s, **like), randn(s, **like), torch.zeros(()))
-    return (*tensors, 0.1, 0.9, 0.0, 0.01, False, False, 0.1, True, False, 0.0, *(optional or (None, None)))
+    W, G, M, P, h, step = tensors
+    numbers = (0.1, 0.9, 0.0, 0.01, False, False, 0.1, 0.0, True, False)
+    return (W, G, M, P, None, rows, count, h, step, *numbers, *(optional or (None, None)))
 
 
 OPS = torch.ops.mla_ext
@@ -48,11 +50,11 @@ SAMPLES = {
         OPS.head_step_,
         head(torch.float32, torch.ones(()), torch.zeros(()), torch.ones(()), torch.ones(())),
     ),
-    "head_step_pending": lambda: (
+    "head_step_deferred": lambda: (
         OPS.head_step_,
-        head(torch.float32, *4 * (None,), torch.zeros(4, 5), torch.tensor(0), randn(2, 5), randn(2, 3)),
+        head(torch.float32, rows=torch.zeros(4, 5), count=torch.tensor(0)),
     ),
-    "fold_": lambda: (OPS.fold_, (torch.eye(5), randn(4, 5), torch.tensor(3))),
+    "settle_": lambda: (OPS.settle_, (torch.eye(5), None, randn(4, 5), torch.tensor(3))),
     "entropy_fusion": lambda: (OPS.entropy_fusion, (randn(2, 3, 4), None)),
     "entropy_fusion_bf16": lambda: (
         OPS.entropy_fusion,

@@ -127,7 +127,7 @@ def test_a_model_converted_in_mid_run():
     train(model, optimizer, 2)
     model.double()
     for param in model.parameters():  # torch.optim.SGD's buffers do not follow their parameters either
-        if "projection" not in optimizer.state[param]:
+        if "base" not in optimizer.state[param]:
             optimizer.state[param]["momentum_buffer"] = optimizer.state[param]["momentum_buffer"].double()
     P = optimizer.projection(model.head.weight)
     x, y = batch(2)

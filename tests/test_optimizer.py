@@ -285,7 +285,7 @@ def test_state_dict_continues_to_the_bit(dtype):
     other.load_state_dict(optimizer_state)
     accumulate = reference.accumulate_dtype(dtype)
     state = other.state[resumed[2].weight]
-    assert state["projection"].dtype == state["momentum_buffer"].dtype == accumulate
+    assert state["base"].dtype == state["momentum_buffer"].dtype == accumulate
     run(resumed, other, 5, 5)
     assert_same_bits(straight, resumed)
     assert torch.equal(optimizer.projection(straight[2].weight), other.projection(resumed[2].weight))
@@ -551,7 +551,7 @@ def test_a_one_element_tensor_lr_loads_and_keeps_its_place():
 def test_a_projection_of_another_width_is_refused_before_anything_is_loaded():
     _, optimizer, _ = attached()
     saved = copy.deepcopy(optimizer.state_dict())
-    saved["state"][2]["projection"] = torch.eye(6)
+    saved["state"][2] = {"projection": torch.eye(6)}
     saved["param_groups"][0]["lr"] = 0.5
     with pytest.raises(ValueError, match=r"state_dict: expected a projection for a \(3, 8\) .* got a \(6, 6\)"):
         optimizer.load_state_dict(saved)
