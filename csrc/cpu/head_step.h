@@ -1,7 +1,9 @@
 // One step of the shared head: the gradient projected, SGD with the result, and P's update.
 #pragma once
 
+#include "compress.h"
 #include "dtype.h"
+#include "rank_step.h"
 #include "rls_update.h"
 #include "rows.h"
 #include "sgd.h"
@@ -91,13 +93,21 @@ template <class T>
 void head_step(const HeadStep& step, const Workspace& workspace, ParallelFor parallel_for) {
   using A = typename Accumulate<T>::type;
   if (step.found_inf != nullptr && *step.found_inf != 0) return;
-  dense_step<T, A>(step, workspace, parallel_for);
+  if (step.projection.base != nullptr) {
+    dense_step<T, A>(step, workspace, parallel_for);
+  } else {
+    rank_step<T, A>(step, parallel_for);
+  }
   if (step.step != nullptr) *step.step += 1;
 }
 
 template <class A>
 void settle(const Projection& P, int64_t s, ParallelFor parallel_for) {
-  fold<A>(P, s, A(1), parallel_for);
+  if (P.base != nullptr) {
+    fold<A>(P, s, A(1), parallel_for);
+  } else if (*P.count == P.capacity) {
+    compress<A>(P, s, parallel_for);
+  }
 }
 
 }  // namespace mla_ext::cpu::MLA_EXT_ISA

@@ -36,7 +36,7 @@ struct Kernels {
   void (*rls_update)(DType accumulate, void* base, const void* feature_mean, int64_t s, const Hyperparameters& hyper,
                      ParallelFor parallel_for);
   void (*head_step)(const HeadStep& step, const Workspace& workspace, ParallelFor parallel_for);
-  // Folds the rows of K into B.
+  // Folds the rows of K into B. Of the rank form: compresses it if it is full.
   void (*settle)(DType accumulate, const Projection& P, int64_t s, ParallelFor parallel_for);
   void (*entropy_fusion)(DType dtype, const EntropyFusion& fusion, ParallelFor parallel_for);
 };
