@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import helpers
 import pytest
 import torch
 
@@ -35,11 +36,8 @@ TARGETS = {
 
 def run(*command, path=INSTALLED, **environment):
     """Runs Python with the mla_ext in `path`."""
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("MLA_EXT_", "PYTHON", "TRITON_"))}
     environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(path), str(TESTS)]), **environment}
-    return subprocess.run(
-        [sys.executable, *command], env=inherited | environment, cwd=TESTS, capture_output=True, text=True
-    )
+    return helpers.run(sys.executable, *command, cwd=TESTS, **environment)
 
 
 # The interpreter takes a millisecond for each operation of each program: small sizes, but of several programs each.
