@@ -31,13 +31,11 @@ constexpr int kShared = -2;  // as an array's number
 
 enum class Kind { kRead, kWrite, kCopy };  // kCopy: an asynchronous write
 
+using Instruction = std::tuple<const void*, int, bool>;  // program counter, array, whether it writes
 struct Access {
-  const void* pc;
-  uintptr_t address;
-  unsigned bytes;
-  int array;
-  bool write;
+  uintptr_t address, bytes;
 };
+using Request = std::vector<Access>;  // one access of each lane that takes part
 
 /// A thread, and how many barriers of its block and of the grid were complete.
 struct Moment {
@@ -67,33 +65,30 @@ struct Traffic {
 }
 
 /// The distinct multiples of `unit` bytes that the accesses [begin, end) touch.
-template <typename Iterator>
-std::vector<uintptr_t> touched(Iterator begin, Iterator end, uintptr_t unit) {
+std::vector<uintptr_t> touched(const Access* begin, const Access* end, uintptr_t unit) {
   std::vector<uintptr_t> units;
-  for (; begin != end; ++begin) {
-    const Access& a = **begin;
-    for (uintptr_t u = a.address / unit; u <= (a.address + a.bytes - 1) / unit; ++u) units.push_back(u);
+  for (const Access* a = begin; a != end; ++a) {
+    for (uintptr_t u = a->address / unit; u <= (a->address + a->bytes - 1) / unit; ++u) units.push_back(u);
   }
   std::sort(units.begin(), units.end());
   units.erase(std::unique(units.begin(), units.end()), units.end());
   return units;
 }
 
-void count(const std::vector<const Access*>& request, Traffic& traffic) {
-  for (const Access* access : request) (access->write ? traffic.written : traffic.read) += access->bytes;
-  if (request.front()->array != kShared) {
-    traffic.sectors += touched(request.begin(), request.end(), kSectorBytes).size();
-    const uintptr_t bytes = touched(request.begin(), request.end(), kWordBytes).size() * kWordBytes;
-    traffic.ideal += (bytes + kSectorBytes - 1) / kSectorBytes;
+void count(const Request& request, bool write, bool shared, Traffic& traffic) {
+  const Access *const begin = request.data(), *const end = begin + request.size();
+  for (const Access& access : request) (write ? traffic.written : traffic.read) += access.bytes;
+  if (!shared) {
+    traffic.sectors += touched(begin, end, kSectorBytes).size();
+    traffic.ideal += (touched(begin, end, kWordBytes).size() * kWordBytes + kSectorBytes - 1) / kSectorBytes;
     return;
   }
   // As many lanes are served at a time as 128 bytes suffice for.
-  const size_t lanes = kBanks * kWordBytes / std::max<uintptr_t>(request.front()->bytes, kWordBytes);
+  const size_t lanes = kBanks * kWordBytes / std::max(begin->bytes, kWordBytes);
   for (size_t i = 0; i < request.size(); i += lanes) {
     std::array<uint64_t, kBanks> words = {};
-    const auto begin = request.begin() + static_cast<std::ptrdiff_t>(i);
-    const auto end = request.begin() + static_cast<std::ptrdiff_t>(std::min(i + lanes, request.size()));
-    for (const uintptr_t word : touched(begin, end, kWordBytes)) ++words[word % kBanks];
+    const Access* const part_end = begin + std::min(i + lanes, request.size());
+    for (const uintptr_t word : touched(begin + i, part_end, kWordBytes)) ++words[word % kBanks];
     traffic.wavefronts += *std::max_element(words.begin(), words.end());
     ++traffic.smallest;
   }
@@ -180,8 +175,7 @@ class Recording final : public Recorder {
       array = std::prev(after)->second.number;
     }
     check_order(address, bytes, kind, space, running);
-    logs_[running.block * threads_ + running.thread].push_back(
-        {pc, address, static_cast<unsigned>(bytes), array, kind != Kind::kRead});
+    logs_[running.block * threads_ + running.thread][{pc, array, kind != Kind::kRead}].push_back({address, bytes});
   }
 
  private:
@@ -234,30 +228,27 @@ class Recording final : public Recorder {
 
   /// Of what the threads [first, last) of the launch have done since the last time: whole warps, at a barrier.
   void make_requests(size_t first, size_t last) {
-    using Instruction = std::tuple<const void*, int, bool>;  // pc, array, write
     for (size_t warp = first, end; warp < last; warp = end) {
       end = std::min({warp + kWarp, last, warp - warp % threads_ + threads_});
-      std::map<Instruction, std::vector<std::vector<const Access*>>> requests;
+      std::map<Instruction, std::vector<Request>> requests;
       for (size_t lane = warp; lane < end; ++lane) {
-        std::map<Instruction, size_t> times;
-        for (const Access& access : logs_[lane]) {
-          const Instruction instruction = {access.pc, access.array, access.write};
-          auto& of_instruction = requests[instruction];
-          const size_t n = times[instruction]++;
-          if (n == of_instruction.size()) of_instruction.emplace_back();
-          of_instruction[n].push_back(&access);
+        for (const auto& [instruction, accesses] : logs_[lane]) {
+          std::vector<Request>& of_instruction = requests[instruction];
+          of_instruction.resize(std::max(of_instruction.size(), accesses.size()));
+          for (size_t n = 0; n < accesses.size(); ++n) of_instruction[n].push_back(accesses[n]);
         }
+        logs_[lane].clear();
       }
       for (const auto& [instruction, of_instruction] : requests) {
-        for (const auto& request : of_instruction) count(request, traffic_[std::get<int>(instruction)]);
+        const auto [pc, array, write] = instruction;
+        for (const Request& request : of_instruction) count(request, write, array == kShared, traffic_[array]);
       }
-      for (size_t lane = warp; lane < end; ++lane) logs_[lane].clear();
     }
   }
 
   std::map<uintptr_t, Array> arrays_;
-  size_t threads_ = 0;                     // of a block
-  std::vector<std::vector<Access>> logs_;  // of each thread
+  size_t threads_ = 0;                                            // of a block
+  std::vector<std::map<Instruction, std::vector<Access>>> logs_;  // of each thread, in order
   std::vector<unsigned> block_epochs_;
   unsigned grid_epoch_ = 0;
   std::unordered_map<uintptr_t, std::unique_ptr<Page>> shadow_;
