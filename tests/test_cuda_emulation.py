@@ -445,16 +445,16 @@ def test_driver_refuses_bad_arguments(fast, tmp_path):
 # Defects put into a copy of the sources: file, what is replaced (once), by what, and whether only a sanitizer sees it.
 DEFECTS = {
     "barrier of the mean": ("feature_mean.cu", "    __syncthreads();\n", "", False),
-    "bounds check of the mean": ("feature_mean.cu", "if (column < columns) {", "{", True),
-    "bounds check of the result": ("feature_mean.cu", "thread_row == 0 && column < columns", "thread_row == 0", True),
+    "bounds check of the mean": ("feature_mean.cu", "if (column < s) {", "{", True),
+    "bounds check of the result": ("feature_mean.cu", "thread_row == 0 && column < s", "thread_row == 0", True),
     "barrier of the fusion": ("entropy_fusion.cu", "  __syncthreads();\n  A smallest", "  A smallest", False),
     "barrier after tiles arrive": ("product.cuh", "__syncthreads();  // the step's tiles have arrived", "", False),
     "barrier before tiles go": ("product.cuh", "__syncthreads();  // the stage may be overwritten", "", False),
     "wait for copies": ("product.cuh", "    __pipeline_wait_prior(1);\n", "", False),
     "grid barrier": ("head_step.cu", "  grid_barrier();\n  if (a.step", "  if (a.step", False),
-    "step read late": ("head_step.cu", "  multiply<kAligned>(tiling, shared, a.grad, a.feature_mean, a.projection",
+    "step read late": ("head_step.cu", "  multiply<kAligned>(tiling, shared, a.grad, a.feature_mean, a.P",
                        "  if (a.step && blockIdx.x == 0 && threadIdx.x == 0) *a.step += 1.0f;\n"
-                       "  multiply<kAligned>(tiling, shared, a.grad, a.feature_mean, a.projection", False),
+                       "  multiply<kAligned>(tiling, shared, a.grad, a.feature_mean, a.P", False),
     "room for tiles": ("product.cuh", "static_cast<size_t>(kStages) * grad_rows() * tile * sizeof(T)",
                        "grad_rows() * tile * sizeof(T)", True),
 }  # fmt: skip
