@@ -6,6 +6,7 @@
 #include "feature_mean.h"
 #include "head_step.h"
 #include "pending.h"
+#include "plain_sgd.h"
 #include "product.h"
 #include "rls_update.h"
 
@@ -69,7 +70,7 @@ void any_entropy_fusion(DType dtype, const EntropyFusion& fusion, ParallelFor pa
 }  // namespace
 
 extern const Kernels kernels;
-const Kernels kernels = {any_feature_mean, any_rls_update, any_head_step,     any_project,
-                         any_fold,         any_correct,    any_entropy_fusion};
+const Kernels kernels = {any_feature_mean, any_rls_update, any_head_step,      any_project,
+                         any_fold,         any_correct,    any_entropy_fusion, plain_sgd};
 
 }  // namespace mla_ext::cpu::MLA_EXT_ISA

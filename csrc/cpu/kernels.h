@@ -62,6 +62,9 @@ struct EntropyFusion {
   int64_t M, N, C;
 };
 
+// torch.optim.SGD's step of several tensors (plain_sgd.h).
+struct PlainSgd;
+
 // One instruction set's build of every operation. Scratch memory that cannot be had raises std::bad_alloc.
 struct Kernels {
   void (*feature_mean)(DType dtype, const void* features, void* mean, int64_t N, int64_t s, ParallelFor parallel_for);
@@ -76,6 +79,7 @@ struct Kernels {
   void (*correct)(DType accumulate, const void* X, void* Z, int64_t n, int64_t s, const Pending& pending,
                   ParallelFor parallel_for);
   void (*entropy_fusion)(DType dtype, const EntropyFusion& fusion, ParallelFor parallel_for);
+  void (*plain_sgd)(const PlainSgd& step, ParallelFor parallel_for);
 };
 
 }  // namespace mla_ext::cpu

@@ -38,7 +38,7 @@ class Reference(Backend):
         found_inf = step.found_inf
         targets = (step.weight, step.momentum_buffer, P, step.step)
         for old, new in zip(targets, (*after, step.step + 1), strict=True):
-            if old is not None:
+            if old is not None and new is not None:
                 old.copy_(new if found_inf is None else torch.where(found_inf != 0, old, new))
 
     def entropy_fusion(self, logits: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
