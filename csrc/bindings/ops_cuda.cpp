@@ -110,7 +110,7 @@ void head_step_(Tensor weight, const Tensor& grad, std::optional<Tensor> momentu
   STD_TORCH_CHECK(!beta.has_value(), "beta: expected none beside base");
   STD_TORCH_CHECK(!rows.has_value(), "rows: expected none; the CUDA kernels take a dense P only");
   STD_TORCH_CHECK(!count.has_value(), "count: expected none without rows");
-  check_head_step(weight, grad, momentum_buffer, *base, feature_mean, step, kDevice);
+  check_head_step(weight, grad, momentum_buffer, base, feature_mean, step, kDevice);
   check_same_gpu(grad, "grad", weight);
   check_same_gpu(momentum_buffer, "momentum_buffer", weight);
   check_same_gpu(base, "base", weight);

@@ -18,7 +18,7 @@
 namespace {
 
 namespace dlpack = mla_ext::bindings::dlpack;
-using mla_ext::cpu::DType;
+using mla_ext::DType;
 using mla_ext::cpu::PlainSgd;
 using mla_ext::cpu::SgdTensor;
 
