@@ -33,6 +33,11 @@ def test_a_cycle_pays_for_what_its_steps_put_off():
     assert all(a != b for a, b in itertools.pairwise(turns))
 
 
+def test_percentiles_of_few_samples_lie_among_them():
+    timing_of_two = timing._summary([1.0, 3.0], 1)
+    assert (timing_of_two.median, timing_of_two.p20, timing_of_two.p80) == pytest.approx((2.0, 1.4, 2.6))
+
+
 def test_what_is_too_slow_is_named_with_the_reason():
     candidates = {"slow": timing.Candidate(lambda: time.sleep(0.05)), "quick": timing.Candidate(lambda: None)}
     timings, skipped = timing.time_interleaved(candidates, 0.1, "cpu")
