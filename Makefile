@@ -20,6 +20,7 @@ test: lint
 lint: $(VENV)/.installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
 	$(VENV)/bin/clang-format --dry-run -Werror $(NATIVE)
 
 format: $(VENV)/.installed
@@ -36,8 +37,8 @@ bench: $(VENV)/.installed
 	$(RUN) -m benchmarks.speed.training $(BENCH)
 	$(RUN) -m benchmarks.speed.host_time $(BENCH)
 
-# All tables and figures of the method on DATA, 77 minutes on two cores with the four datasets of the README:
-# make evidence DATA="digits avdigits.npz wikipedia.npz mfeat.npz". Interrupted, it goes on where it was.
+# All tables and figures of the method on DATA: 77 minutes on two cores with the four datasets of docs/evidence.md,
+# make evidence DATA="digits avdigits.npz wikipedia.npz mfeat.npz". An interrupted run continues where it was.
 DATA ?= digits
 SEEDS ?= 5
 evidence: $(VENV)/.installed

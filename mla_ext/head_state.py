@@ -95,7 +95,10 @@ def prepare(
             P = Projection(P.base)
         else:
             P = Projection(
-                P.base, None, P.base.new_zeros(deferred, s), torch.zeros((), dtype=torch.int64, device=device)
+                P.base,
+                None,
+                torch.zeros(deferred, s, dtype=dtype, device=device),
+                torch.zeros((), dtype=torch.int64, device=device),
             )
     elif BEFORE_0_2 not in state:
         return P

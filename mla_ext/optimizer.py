@@ -143,10 +143,8 @@ class ProjectedSGD(Optimizer):
                 return torch.eye(weight.shape[1], dtype=accumulate_dtype(weight.dtype), device=weight.device)
             what = checks.describe(weight)
             raise ValueError(f"weight: expected a weight that was attached or observed, got {what} that was not")
-        if P.base is not None and P.rows is not None:  # folded in a copy: looking changes no later bits
-            P = P.clone()
-            backends.choose(self.backend, P.base.device).settle_(P)
-            return P.base
+        P = P.clone()  # looking changes no later bits
+        backends.choose(self.backend, weight.device).settle_(P)
         return P.dense()
 
     def reset_projection(self) -> None:
@@ -161,13 +159,14 @@ class ProjectedSGD(Optimizer):
         """Fold the updates that a dense P keeps as rows into its matrix. Nothing needs this: P stays the same."""
         for state in self.state.values():
             P = head_state.get_projection(state)
-            if P is not None and P.base is not None:
-                backends.choose(self.backend, P.base.device).settle_(P)
+            if P is not None:
+                backends.choose(self.backend, state["step"].device).settle_(P)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of every parameter that has a gradient; returns the closure's loss, if there is one."""
-        capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+        initialized = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        capturing = initialized and torch.cuda.is_current_stream_capturing()
         if capturing and not all(group["capturable"] for group in self.param_groups):
             raise RuntimeError("capturable: expected True in every parameter group to capture a step, got False")
         # Set by GradScaler for the length of this call.
@@ -222,7 +221,7 @@ class ProjectedSGD(Optimizer):
                     )
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"backend": self.backend, "process_group": self.process_group}
+        own: dict[str, Any] = {"backend": self.backend, "process_group": self.process_group}
         own |= {"_attached": self._attached, "_link": self._link, "_observed": {}, "_checked_groups": {}}
         return super().__getstate__() | own
 
@@ -271,14 +270,16 @@ class ProjectedSGD(Optimizer):
 
         observations = [self._observed.get(weight) for *_, weight in heads]
         means = [None if observation is None else observation.mean for observation in observations]
-        if heads and self.process_group != "local" and dist.is_available() and dist.is_initialized():
-            means = [*average_over_ranks(observations, [weight for *_, weight in heads], self.process_group)]
+        ranks = self.process_group
+        if heads and not isinstance(ranks, str) and dist.is_available() and dist.is_initialized():
+            means = [*average_over_ranks(observations, [weight for *_, weight in heads], ranks)]
 
         steps = []
         for (group, hyper, weight), mean in zip(heads, means, strict=True):
             state, backend = self.state[weight], backends.choose(self.backend, weight.device)
             P = head_state.prepare(state, weight, group, hyper, backend)
             momentum_buffer = state["momentum_buffer"] if checks.has_momentum(hyper.momentum) else None
+            assert weight.grad is not None  # it was gathered for it
             W, G, M = local_shards(weight, weight.grad, momentum_buffer)
             # A step without momentum is none that the buffer has seen.
             step = torch.zeros_like(state["step"]) if momentum_buffer is None else state["step"]

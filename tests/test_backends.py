@@ -95,5 +95,5 @@ def test_an_unknown_name_is_refused_in_the_same_words_everywhere():
         lambda: mla_ext.entropy_fusion(torch.ones(1, 1, 1), backend="gpu"),
         lambda: backends.choose("gpu", torch.device("cpu")),
     ):
-        with pytest.raises(ValueError, match="backend: expected 'auto' or one of 'cpu', .*, got 'gpu'"):
+        with pytest.raises(ValueError, match=r"backend: expected 'auto' or one of 'cpu', .*, got 'gpu'"):
             call()
