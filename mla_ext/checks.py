@@ -14,6 +14,23 @@ from .projection import Projection
 from .reference import Hyperparameters, accumulate_dtype
 from .step import HeadStep
 
+__all__ = [
+    "WEIGHT_DTYPES",
+    "check_head_step",
+    "check_hyperparameters",
+    "check_nonempty",
+    "check_number",
+    "check_options",
+    "check_projection",
+    "check_rank",
+    "check_rls_update",
+    "check_tensor",
+    "check_writable",
+    "describe",
+    "fits",
+    "has_momentum",
+]
+
 WEIGHT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -163,8 +180,8 @@ def check_head_step(step: HeadStep) -> None:
         raise ValueError("normalize: expected False in the rank form, whose norm is not at hand; use rank=None")
     for name, value in (("grad_scale", step.grad_scale), ("found_inf", step.found_inf)):
         if value is not None:
-            shape = (1,) if isinstance(value, Tensor) and value.shape == (1,) else ()  # as torch's fused kernels
-            check_tensor(name, value, shape, (torch.float32,), device)
+            is_vector = isinstance(value, Tensor) and value.shape == (1,)  # torch's fused kernels take both
+            check_tensor(name, value, (1,) if is_vector else (), (torch.float32,), device)
 
 
 def has_momentum(momentum: float | Tensor) -> bool:

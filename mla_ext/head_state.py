@@ -16,18 +16,21 @@ from .checks import describe, fits, has_momentum
 from .projection import Projection
 from .reference import Hyperparameters, accumulate_dtype
 
-__all__ = ["check", "dtypes_of", "form_of", "get_projection", "prepare", "set_projection"]
+__all__ = ["check", "dtypes_of", "form_of", "get_projection", "has_projection", "prepare", "set_projection"]
 
 PARTS = ("base", "beta", "rows", "count")
 BEFORE_0_2 = "projection"  # what "base" was called, when it was the whole of P
 
 
+def has_projection(state: dict[str, Any]) -> bool:
+    return "base" in state or "beta" in state or BEFORE_0_2 in state
+
+
 def get_projection(state: dict[str, Any]) -> Projection | None:
     """The projection in a state, or None where there is none."""
-    base = state.get("base", state.get(BEFORE_0_2))
-    if base is None and state.get("beta") is None:
+    if not has_projection(state):
         return None
-    return Projection(base, *(state.get(name) for name in PARTS[1:]))
+    return Projection(state.get("base", state.get(BEFORE_0_2)), *(state.get(name) for name in PARTS[1:]))
 
 
 def set_projection(state: dict[str, Any], projection: Projection) -> None:
@@ -92,7 +95,10 @@ def prepare(
             P = Projection(P.base)
         else:
             P = Projection(
-                P.base, None, P.base.new_zeros(deferred, s), torch.zeros((), dtype=torch.int64, device=device)
+                P.base,
+                None,
+                torch.zeros(deferred, s, dtype=dtype, device=device),
+                torch.zeros((), dtype=torch.int64, device=device),
             )
     elif BEFORE_0_2 not in state:
         return P

@@ -50,5 +50,5 @@ def average_over_ranks(
         parts.append(sums)
     joined = torch.cat(parts)
     dist.all_reduce(joined, group=group)
-    split = joined.split([len(part) for part in parts])
+    split = torch.split(joined, [len(part) for part in parts])
     return [(sums[:-1] / sums[-1]).to(part.dtype) for sums, part in zip(split, parts, strict=True)]

@@ -90,7 +90,7 @@ class ProjectedSGD(Optimizer):
         backends.check_name(backend)
         self.backend = backend
         self.process_group = process_group
-        self._attached: set[Tensor] = set()
+        self._attached: dict[Tensor, None] = {}  # no set: torch.compile takes sets of no tensors
         self._observed: dict[Tensor, Observation] = {}
         self._checked_groups: dict[int, Hyperparameters] = {}
         self._link = Link()
@@ -143,10 +143,8 @@ class ProjectedSGD(Optimizer):
                 return torch.eye(weight.shape[1], dtype=accumulate_dtype(weight.dtype), device=weight.device)
             what = checks.describe(weight)
             raise ValueError(f"weight: expected a weight that was attached or observed, got {what} that was not")
-        if P.base is not None and P.rows is not None:  # folded in a copy: looking changes no later bits
-            P = P.clone()
-            backends.choose(self.backend, P.base.device).settle_(P)
-            return P.base
+        P = P.clone()  # looking changes no later bits
+        backends.choose(self.backend, weight.device).settle_(P)
         return P.dense()
 
     def reset_projection(self) -> None:
@@ -161,13 +159,14 @@ class ProjectedSGD(Optimizer):
         """Fold the updates that a dense P keeps as rows into its matrix. Nothing needs this: P stays the same."""
         for state in self.state.values():
             P = head_state.get_projection(state)
-            if P is not None and P.base is not None:
-                backends.choose(self.backend, P.base.device).settle_(P)
+            if P is not None:
+                backends.choose(self.backend, state["step"].device).settle_(P)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of every parameter that has a gradient; returns the closure's loss, if there is one."""
-        capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+        initialized = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        capturing = initialized and torch.cuda.is_current_stream_capturing()
         if capturing and not all(group["capturable"] for group in self.param_groups):
             raise RuntimeError("capturable: expected True in every parameter group to capture a step, got False")
         # Set by GradScaler for the length of this call.
@@ -215,14 +214,14 @@ class ProjectedSGD(Optimizer):
         for group in self.param_groups:
             for param in group["params"]:
                 loading.restore(self.state, param, saved.get(param, {}), group, self.backend)
-                if param in self._attached and not self._has_projection(param):
+                if param in self._attached and not head_state.has_projection(self.state.get(param, {})):
                     warnings.warn(
                         "the loaded state has no projection for an attached weight: its P starts from the identity",
                         stacklevel=2,
                     )
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"backend": self.backend, "process_group": self.process_group}
+        own: dict[str, Any] = {"backend": self.backend, "process_group": self.process_group}
         own |= {"_attached": self._attached, "_link": self._link, "_observed": {}, "_checked_groups": {}}
         return super().__getstate__() | own
 
@@ -241,10 +240,10 @@ class ProjectedSGD(Optimizer):
             computed = "" if weight.is_leaf else " that is computed, as a parametrised module's is"
             raise ValueError(f"{name}: expected a parameter of this optimizer, got {checks.describe(weight)}{computed}")
         check_sharding(name, weight)
-        self._attached.add(weight)
+        self._attached[weight] = None
 
-    def _has_projection(self, param: Tensor) -> bool:
-        return head_state.get_projection(self.state.get(param, {})) is not None
+    def _is_projected(self, param: Tensor) -> bool:
+        return param in self._attached or head_state.has_projection(self.state.get(param, {}))
 
     def _checked(self, index: int, group: dict[str, Any]) -> Hyperparameters:
         """The group's hyperparameters, checked anew when one of them is another object than at the last step."""
@@ -266,20 +265,21 @@ class ProjectedSGD(Optimizer):
         for index, group in enumerate(self.param_groups):
             hyper = self._checked(index, group)
             params = [param for param in group["params"] if param.grad is not None]
-            projected = {param for param in params if param in self._attached or self._has_projection(param)}
-            heads += [(group, hyper, param) for param in params if param in projected]
-            plain.append((group, [param for param in params if param not in projected]))
+            heads += [(group, hyper, param) for param in params if self._is_projected(param)]
+            plain.append((group, [param for param in params if not self._is_projected(param)]))
 
         observations = [self._observed.get(weight) for *_, weight in heads]
         means = [None if observation is None else observation.mean for observation in observations]
-        if heads and self.process_group != "local" and dist.is_available() and dist.is_initialized():
-            means = [*average_over_ranks(observations, [weight for *_, weight in heads], self.process_group)]
+        ranks = self.process_group
+        if heads and not isinstance(ranks, str) and dist.is_available() and dist.is_initialized():
+            means = [*average_over_ranks(observations, [weight for *_, weight in heads], ranks)]
 
         steps = []
         for (group, hyper, weight), mean in zip(heads, means, strict=True):
             state, backend = self.state[weight], backends.choose(self.backend, weight.device)
             P = head_state.prepare(state, weight, group, hyper, backend)
             momentum_buffer = state["momentum_buffer"] if checks.has_momentum(hyper.momentum) else None
+            assert weight.grad is not None  # it was gathered for it
             W, G, M = local_shards(weight, weight.grad, momentum_buffer)
             # A step without momentum is none that the buffer has seen.
             step = torch.zeros_like(state["step"]) if momentum_buffer is None else state["step"]

@@ -62,7 +62,10 @@ class Projection:
         K = self.used_rows()
         removed = K.t() @ K
         removed = (removed + removed.t()) / 2
-        return (self.base if self.base is not None else self.beta * torch.eye(K.shape[1]).to(K)) - removed
+        if self.base is not None:
+            return self.base - removed
+        assert self.beta is not None
+        return self.beta * torch.eye(K.shape[1], dtype=K.dtype, device=K.device) - removed
 
     def with_rank(self, rank: int | None) -> Projection:
         """This P as a matrix (None), or in the rank form with `rank` rows; the strongest directions stay exact."""
@@ -83,11 +86,6 @@ class Projection:
         rows = like.new_zeros(rank, K.shape[1])
         rows[: len(K)] = K
         return Projection(None, beta.to(like), rows, torch.tensor(len(K), device=rows.device))
-
-    def to(self, dtype: torch.dtype, device: torch.device) -> Projection:
-        """The same P elsewhere; the count stays an integer."""
-        parts = [None if t is None else t.to(device, dtype) for t in (self.base, self.beta, self.rows)]
-        return Projection(*parts, None if self.count is None else self.count.to(device))
 
     def clone(self) -> Projection:
         return Projection(*(None if t is None else t.clone() for t in (self.base, self.beta, self.rows, self.count)))

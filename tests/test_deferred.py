@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from helpers import randn
 from parity import assert_as_accurate
 from torch import nn
 
@@ -17,10 +18,6 @@ pytestmark = pytest.mark.skipif(_library.load_error is not None, reason="the ops
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 STEPS = 2 * DEFERRED + 3
-
-
-def randn(*shape, dtype=torch.float32, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def deferred(P):

@@ -8,6 +8,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from helpers import batch, network, train
 from torch import nn
 
 from mla_ext import ProjectedSGD, reference
@@ -22,28 +23,6 @@ SGD_OPTIONS = [
     {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
     {"weight_decay": 0.1, "maximize": True},
 ]
-
-
-def network(seed=0, dtype=torch.float32):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3)).to(dtype)
-
-
-def batch(seed, n=4, dtype=torch.float32):
-    generator, device = torch.Generator("cpu").manual_seed(seed), torch.get_default_device()
-    x = torch.randn(n, 5, generator=generator, device="cpu")
-    y = torch.randint(3, (n,), generator=generator, device="cpu")
-    return x.to(device, dtype), y.to(device)
-
-
-def train(model, optimizer, steps, scheduler=None, first=0):
-    for t in range(first, first + steps):
-        x, y = batch(t)
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x), y).backward()
-        optimizer.step()
-        if scheduler:
-            scheduler.step()
 
 
 def assert_same_bits(model, other):

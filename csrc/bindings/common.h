@@ -55,22 +55,32 @@ inline void check_rls_update(const Tensor& projection, const Tensor& feature_mea
 }
 
 inline void check_head_step(const Tensor& weight, const Tensor& grad, const std::optional<Tensor>& momentum_buffer,
-                            const Tensor& projection, const std::optional<Tensor>& feature_mean, const Tensor& step,
-                            DeviceType device) {
+                            const std::optional<Tensor>& base, const std::optional<Tensor>& feature_mean,
+                            const Tensor& step, DeviceType device) {
   STD_TORCH_CHECK(weight.dim() == 2 && weight.numel() > 0, "weight: expected a non-empty (C, s) tensor");
   const int64_t C = weight.size(0), s = weight.size(1);
   check(weight, "weight", {C, s}, weight.scalar_type(), device);
   check(grad, "grad", {C, s}, weight.scalar_type(), device);
   check(momentum_buffer, "momentum_buffer", {C, s}, accumulate_type(weight), device);
-  check(projection, "projection", {s, s}, accumulate_type(weight), device);
+  check(base, "base", {s, s}, accumulate_type(weight), device);
   check(feature_mean, "feature_mean", {s}, accumulate_type(weight), device);
   check(step, "step", {}, ScalarType::Float, device);
 }
 
-inline void check_rows(const Tensor& rows, const Tensor& count, int64_t s, ScalarType type, DeviceType device) {
-  STD_TORCH_CHECK(rows.dim() == 2 && rows.size(0) > 0, "rows: expected a (R, s) tensor");
-  check(rows, "rows", {rows.size(0), s}, type, device);
-  check(count, "count", {}, ScalarType::Long, device);
+// P with rows: K and its count beside either B or beta.
+inline void check_rows(const std::optional<Tensor>& base, const std::optional<Tensor>& beta,
+                       const std::optional<Tensor>& rows, const std::optional<Tensor>& count, int64_t s,
+                       ScalarType accumulate, DeviceType device) {
+  STD_TORCH_CHECK(base.has_value() != beta.has_value(), "base: expected either base or beta, got ",
+                  base.has_value() ? "both" : "neither");
+  STD_TORCH_CHECK(rows.has_value() || !beta.has_value(), "rows: expected beside beta");
+  STD_TORCH_CHECK(rows.has_value() == count.has_value(), "count: expected beside rows, and only there");
+  check(base, "base", {s, s}, accumulate, device);
+  check(beta, "beta", {}, accumulate, device);
+  if (!rows.has_value()) return;
+  STD_TORCH_CHECK(rows->dim() == 2 && rows->size(0) > 0, "rows: expected a (capacity, s) tensor");
+  check(*rows, "rows", {rows->size(0), s}, accumulate, device);
+  check(*count, "count", {}, ScalarType::Long, device);
 }
 
 inline void check_fusion(const Tensor& logits, const std::optional<Tensor>& present, DeviceType device) {
@@ -78,6 +88,15 @@ inline void check_fusion(const Tensor& logits, const std::optional<Tensor>& pres
                   "logits: expected an (M, N, C) tensor with at least one modality and one class");
   check(logits, "logits", {logits.size(0), logits.size(1), logits.size(2)}, logits.scalar_type(), device);
   check(present, "present", {logits.size(0), logits.size(1)}, ScalarType::Bool, device);
+}
+
+// One number in memory of the device, or null.
+inline const float* number(const std::optional<Tensor>& tensor, const char* name, DeviceType device) {
+  if (!tensor.has_value()) return nullptr;
+  STD_TORCH_CHECK(tensor->dim() <= 1 && tensor->numel() == 1, name, ": expected one number, of shape () or (1,)");
+  STD_TORCH_CHECK(tensor->scalar_type() == ScalarType::Float, name, ": expected float32");
+  STD_TORCH_CHECK(tensor->device().type() == device, name, ": the device does not fit the other arguments");
+  return static_cast<const float*>(tensor->data_ptr());
 }
 
 // out = a b, by PyTorch's BLAS and under the user's precision setting.

@@ -11,7 +11,7 @@
 namespace {
 
 using namespace mla_ext::bindings;
-using mla_ext::cpu::DType;
+using mla_ext::DType;
 
 constexpr DeviceType kDevice = DeviceType::CPU;
 
@@ -31,42 +31,30 @@ DType dtype_of(const Tensor& tensor, const char* name) {
   return DType::Float32;
 }
 
-double scalar(const std::optional<Tensor>& tensor, const char* name, double otherwise) {
-  if (!tensor.has_value()) return otherwise;
-  if (tensor->dim() != 1) check(*tensor, name, {}, ScalarType::Float, kDevice);  // (1,) is one number, too
-  if (tensor->dim() == 1) check(*tensor, name, {1}, ScalarType::Float, kDevice);
-  return *static_cast<const float*>(tensor->data_ptr());
-}
-
-Tensor narrow_rows(const Tensor& matrix, int64_t first, int64_t count) {
-  Tensor whole = matrix;
-  return torch::stable::narrow(whole, 0, first, count);
-}
-
 void parallel_for(int64_t begin, int64_t end, int64_t grain, mla_ext::cpu::Body body, void* context) {
   torch::stable::parallel_for(begin, end, grain, [&](int64_t first, int64_t last) { body(first, last, context); });
 }
 
-mla_ext::cpu::Pending pending_of(const Tensor& projection, const Tensor& pending, const Tensor& count) {
-  check_rows(pending, count, projection.size(0), projection.scalar_type(), kDevice);
-  int64_t* waiting = static_cast<int64_t*>(count.data_ptr());
-  STD_TORCH_CHECK(*waiting >= 0 && *waiting < pending.size(0), "count: out of range");
-  return {pending.data_ptr(), pending.size(0), waiting};
+// P = base or beta I, minus the rows; nullptr and 0 for what is not there.
+mla_ext::Projection projection_of(const std::optional<Tensor>& base, const std::optional<Tensor>& beta,
+                                  const std::optional<Tensor>& rows, const std::optional<Tensor>& count, int64_t s,
+                                  ScalarType accumulate) {
+  check_rows(base, beta, rows, count, s, accumulate, kDevice);
+  return {pointer(base), pointer(beta), pointer(rows), static_cast<int64_t*>(pointer(count)),
+          rows.has_value() ? rows->size(0) : 0};
 }
 
-// projected = [G P; h B].
-void project(const Tensor& grad, const Tensor& projection, const void* h, const mla_ext::cpu::Pending& pending,
-             Tensor& projected) {
-  const mla_ext::cpu::Kernels& kernels = mla_ext::cpu::kernels();
-  const DType accumulate = dtype_of(projection, "projection");
-  const Tensor G = torch::stable::to(grad, projection.scalar_type());
-  const int64_t C = G.size(0), s = G.size(1);
-  Tensor Z = narrow_rows(projected, 0, C), k = narrow_rows(projected, C, 1);
-  matmul_into(G, projection, Z);
-  // Not by BLAS: the user may have allowed it to round as P h must not be.
-  kernels.project(accumulate, projection.data_ptr(), nullptr, 0, h, s, k.data_ptr(), parallel_for);
-  if (pending.rows != nullptr) kernels.correct(accumulate, G.data_ptr(), Z.data_ptr(), C, s, pending, parallel_for);
-}
+// G B by PyTorch's BLAS, for a workspace.
+struct BlasProduct {
+  const Tensor& grad;
+  const Tensor& base;
+  Tensor out;
+
+  static void run(void* context) {
+    BlasProduct& product = *static_cast<BlasProduct*>(context);
+    matmul_into(torch::stable::to(product.grad, product.base.scalar_type()), product.base, product.out);
+  }
+};
 
 Tensor feature_mean(const Tensor& features) {
   check_features(features, kDevice);
@@ -79,9 +67,12 @@ Tensor feature_mean(const Tensor& features) {
 
 void rls_update_(Tensor projection, const Tensor& feature_mean, double alpha, double forget, bool normalize) {
   check_rls_update(projection, feature_mean, kDevice);
-  mla_ext::cpu::kernels().rls_update(
-      dtype_of(projection, "projection"),
-      {projection.data_ptr(), feature_mean.data_ptr(), projection.size(0), alpha, forget, normalize}, parallel_for);
+  mla_ext::Hyperparameters hyper;
+  hyper.alpha = alpha;
+  hyper.forget = forget;
+  hyper.normalize = normalize;
+  mla_ext::cpu::kernels().rls_update(dtype_of(projection, "projection"), projection.data_ptr(), feature_mean.data_ptr(),
+                                     projection.size(0), hyper, parallel_for);
 }
 
 void head_step_(Tensor weight, const Tensor& grad, std::optional<Tensor> momentum_buffer, std::optional<Tensor> base,
@@ -90,63 +81,48 @@ void head_step_(Tensor weight, const Tensor& grad, std::optional<Tensor> momentu
                 double weight_decay, bool nesterov, bool maximize, double alpha, double forget, bool absorb_before,
                 bool normalize, const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
                 const std::optional<Tensor>& lr_tensor, const std::optional<Tensor>& alpha_tensor) {
-  STD_TORCH_CHECK(base.has_value() && !beta.has_value(), "base: expected a (s, s) tensor and no beta");
-  Tensor projection = *base;
-  check_head_step(weight, grad, momentum_buffer, projection, feature_mean, step, kDevice);
-  const DType dtype = dtype_of(weight, "weight");
-  const double scale = scalar(grad_scale, "grad_scale", 1);
-  STD_TORCH_CHECK(rows.has_value() == count.has_value(), "count: expected beside rows");
-  mla_ext::cpu::Pending pending{nullptr, 0, nullptr};
-  if (rows.has_value()) {
-    pending = pending_of(projection, *rows, *count);
-    STD_TORCH_CHECK(forget == 0 && !normalize, "rows: expected neither forget nor normalize with them");
-  }
-  if (scalar(found_inf, "found_inf", 0) != 0) return;
-
+  check_head_step(weight, grad, momentum_buffer, base, feature_mean, step, kDevice);
   const int64_t C = weight.size(0), s = weight.size(1);
-  const mla_ext::cpu::RlsUpdate rls{
-      projection.data_ptr(), pointer(feature_mean), s, scalar(alpha_tensor, "alpha_tensor", alpha), forget, normalize};
-  Tensor projected = torch::stable::new_empty(projection, {C + 1, s});
-  float* steps = static_cast<float*>(step.data_ptr());
-  mla_ext::cpu::HeadStep arguments{rls,
-                                   C,
-                                   weight.data_ptr(),
-                                   grad.data_ptr(),
-                                   pointer(momentum_buffer),
-                                   projected.data_ptr(),
-                                   /*is_projected=*/false,
-                                   pending,
-                                   /*is_first=*/*steps == 0,
-                                   absorb_before,
-                                   nesterov,
-                                   maximize,
-                                   scale,
-                                   scalar(lr_tensor, "lr_tensor", lr),
-                                   momentum,
-                                   dampening,
-                                   weight_decay};
-  if (mla_ext::cpu::blas_is_faster(C, s)) {
-    if (absorb_before && feature_mean.has_value()) {
-      const DType accumulate = dtype_of(projection, "projection");
-      if (pending.rows != nullptr) {
-        mla_ext::cpu::kernels().fold(accumulate, projection.data_ptr(), s, pending, parallel_for);
-      }
-      mla_ext::cpu::kernels().rls_update(accumulate, rls, parallel_for);
-      arguments.rls.feature_mean = nullptr;
-    }
-    project(grad, projection, arguments.rls.feature_mean, pending, projected);
-    arguments.is_projected = true;
+  const mla_ext::HeadStep arguments{
+      dtype_of(weight, "weight"),
+      C,
+      s,
+      weight.data_ptr(),
+      grad.data_ptr(),
+      pointer(momentum_buffer),
+      projection_of(base, beta, rows, count, s, accumulate_type(weight)),
+      pointer(feature_mean),
+      static_cast<float*>(step.data_ptr()),
+      {lr, momentum, dampening, weight_decay, alpha, forget, nesterov, maximize, absorb_before, normalize,
+       number(lr_tensor, "lr_tensor", kDevice), number(alpha_tensor, "alpha_tensor", kDevice)},
+      number(grad_scale, "grad_scale", kDevice),
+      number(found_inf, "found_inf", kDevice)};
+  if (rows.has_value()) {
+    const int64_t used = *arguments.projection.count;
+    STD_TORCH_CHECK(used >= 0 && used < rows->size(0), "count: expected 0 to ", rows->size(0) - 1, ", got ", used);
+    STD_TORCH_CHECK(!normalize, "normalize: expected false with rows");
+    STD_TORCH_CHECK(forget == 0 || beta.has_value(), "forget: expected 0 with base and rows");
   }
-  mla_ext::cpu::kernels().head_step(dtype, arguments, parallel_for);
-  *steps += 1;
+  mla_ext::cpu::Workspace workspace{};
+  if (!base.has_value()) return mla_ext::cpu::kernels().head_step(arguments, workspace, parallel_for);
+
+  Tensor projected = torch::stable::new_empty(*base, {C + 1, s});
+  BlasProduct blas{grad, *base, torch::stable::narrow(projected, 0, 0, C)};
+  workspace.projected = projected.data_ptr();
+  if (mla_ext::cpu::blas_is_faster(C, s)) {
+    // For G alone: the user may have allowed the BLAS to round as B h must not be.
+    workspace.product = BlasProduct::run;
+    workspace.context = &blas;
+  }
+  mla_ext::cpu::kernels().head_step(arguments, workspace, parallel_for);
 }
 
 void settle_(std::optional<Tensor> base, std::optional<Tensor> beta, Tensor rows, Tensor count) {
-  STD_TORCH_CHECK(base.has_value() && !beta.has_value(), "base: expected a (s, s) tensor and no beta");
-  STD_TORCH_CHECK(base->dim() == 2 && base->numel() > 0, "base: expected a non-empty (s, s) tensor");
-  check(*base, "base", {base->size(0), base->size(0)}, accumulate_type(*base), kDevice);
-  mla_ext::cpu::kernels().fold(dtype_of(*base, "base"), base->data_ptr(), base->size(0), pending_of(*base, rows, count),
-                               parallel_for);
+  const int64_t s = rows.dim() == 2 ? rows.size(1) : 0;
+  const mla_ext::Projection projection = projection_of(base, beta, rows, count, s, accumulate_type(rows));
+  const int64_t used = *projection.count;
+  STD_TORCH_CHECK(used >= 0 && used <= rows.size(0), "count: expected 0 to ", rows.size(0), ", got ", used);
+  mla_ext::cpu::kernels().settle(dtype_of(rows, "rows"), projection, s, parallel_for);
 }
 
 std::tuple<Tensor, Tensor> entropy_fusion(const Tensor& logits, const std::optional<Tensor>& present) {

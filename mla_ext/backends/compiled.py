@@ -26,7 +26,8 @@ class Compiled(Backend):
     """All but where it runs."""
 
     def feature_mean(self, features: Tensor) -> Tensor:
-        return _feature_mean(features)
+        mean: Tensor = _feature_mean(features)
+        return mean
 
     def rls_update_(
         self, projection: Tensor, feature_mean: Tensor, alpha: float | Tensor, forget: float | Tensor, normalize: bool
@@ -68,7 +69,8 @@ class Compiled(Backend):
             _settle_(projection.base, None, projection.rows, projection.count)
 
     def entropy_fusion(self, logits: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
-        return _entropy_fusion(logits, present)
+        fused, weights = _entropy_fusion(logits, present)
+        return fused, weights
 
 
 def _number_or_tensor(value: float | Tensor, device: torch.device) -> tuple[float, Tensor | None]:

@@ -28,18 +28,27 @@ class Reference(Backend):
         projection.copy_(reference.rls_update(projection, feature_mean, alpha, forget, normalize))
 
     def head_step_(self, step: HeadStep) -> None:
-        P = step.projection.base
-        assert P is not None
-        self.settle_(step.projection)
-        grad = step.grad if step.grad_scale is None else step.grad.to(P.dtype) / step.grad_scale
-        after = reference.head_step(
-            step.weight, grad, step.momentum_buffer, P, step.feature_mean, step.step, step.hyper
-        )
-        found_inf = step.found_inf
-        targets = (step.weight, step.momentum_buffer, P, step.step)
-        for old, new in zip(targets, (*after, step.step + 1), strict=True):
-            if old is not None:
-                old.copy_(new if found_inf is None else torch.where(found_inf != 0, old, new))
+        P = step.projection
+        like = P.base if P.base is not None else P.beta
+        assert like is not None
+        grad = step.grad if step.grad_scale is None else step.grad.to(like.dtype) / step.grad_scale
+        arguments = step.weight, grad, step.momentum_buffer
+        if P.base is not None:
+            self.settle_(P)
+            new = reference.head_step(*arguments, P.base, step.feature_mean, step.step, step.hyper)
+            old = step.weight, step.momentum_buffer, P.base
+        else:
+            assert P.beta is not None and P.rows is not None and P.count is not None
+            K, capacity = P.rows[: int(P.count)], len(P.rows)
+            *new, beta, K = reference.rank_head_step(
+                *arguments, P.beta, K, capacity, step.feature_mean, step.step, step.hyper
+            )
+            rows = torch.cat([K, K.new_zeros(capacity - len(K), K.shape[1])])
+            new = *new, beta, rows, torch.full_like(P.count, len(K))
+            old = step.weight, step.momentum_buffer, P.beta, P.rows, P.count
+        for before, after in zip((*old, step.step), (*new, step.step + 1), strict=True):
+            if before is not None and after is not None:
+                before.copy_(after if step.found_inf is None else torch.where(step.found_inf != 0, before, after))
 
     def entropy_fusion(self, logits: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
         return reference.entropy_fusion(logits, present)

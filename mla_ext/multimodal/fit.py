@@ -152,7 +152,6 @@ def _train_epoch(
         optimizer.step()
         losses.append(loss.detach())
         bar.update()
-    if isinstance(optimizer, ProjectedSGD):
 
     sums: dict[str, float] = {}
     counts: dict[str, int] = {}
