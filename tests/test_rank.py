@@ -339,10 +339,3 @@ def test_bad_arguments_are_refused_before_any_change(changed, request):
     with pytest.raises(RuntimeError, match=request.node.callspec.id):
         rank.step_(grad, arguments["mean"], **{name: value for name, value in changed.items() if name != "grad"})
     assert all(map(torch.equal, before, rank.bits()))
-
-
-@needs_ops
-def test_a_deferred_p_cannot_forget():
-    rank = Rank(3, 9, torch.float32, 4, Hyperparameters(forget=0.1))
-    with pytest.raises(RuntimeError, match="forget: expected 0 with base and rows"):
-        rank.step_(torch.ones(3, 9), torch.ones(9), base=torch.eye(9), beta=None)
