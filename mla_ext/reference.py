@@ -14,6 +14,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+__all__ = [
+    "Hyperparameters",
+    "accumulate_dtype",
+    "entropy_fusion",
+    "feature_mean",
+    "head_step",
+    "rank_compress",
+    "rls_update",
+]
+
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of P, of h̄ and of a projected weight's momentum buffer: float64 for float64, else float32."""
@@ -98,6 +108,10 @@ def head_step(
         momentum_buffer = torch.where(step == 0, g, blended)
         g = g + hyper.momentum * momentum_buffer if hyper.nesterov else momentum_buffer
     return (weight.to(P.dtype) - hyper.lr * g).to(weight.dtype), momentum_buffer, absorbed
+
+
+def rank_compress(beta: Tensor, K: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+    raise NotImplementedError  # branch cpu
 
 
 def entropy_fusion(logits: Tensor, present: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -37,6 +37,7 @@ class Usage:
 def compile_source(source: Path, architecture: str, target: Path) -> str:
     """nvcc's report, or AssertionError with what it says against the source."""
     command = [NVCC, "-std=c++17", "-O3", f"-arch={architecture}", "-Xptxas", "-v", "--Werror", "all-warnings"]
+    command.append(f"-I{ROOT / 'csrc'}")
     done = subprocess.run([*command, "--cubin", source, "-o", target], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stderr
@@ -64,7 +65,7 @@ def parse(report: str) -> dict[str, Usage]:
 def usages(tmp_path_factory) -> dict[str, dict[str, Usage]]:
     """kernel -> architecture -> Usage."""
     directory = tmp_path_factory.mktemp("cubins")
-    sources = sorted((ROOT / "csrc" / "kernels").glob("*.cu"), key=lambda source: -source.stat().st_size)
+    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"), key=lambda source: -source.stat().st_size)
     jobs = [(source, architecture) for source in sources for architecture in ARCHITECTURES]
     with ThreadPoolExecutor(2) as pool:
         reports = pool.map(lambda job: compile_source(*job, directory / f"{job[0].stem}.{job[1]}.cubin"), jobs)

@@ -155,6 +155,7 @@ class HeadCase:
             torch.full((self.steps,), self.grad_scale) if self.grad_scale else None,
             torch.tensor(self.found_inf, dtype=torch.float32) if self.found_inf else None,
             products,
+            None,
         ]
         reals = [h.lr, h.momentum, h.dampening, h.weight_decay, h.alpha, h.forget]
         return Call(harness.HEAD_STEP, integers, reals, arrays, self.device, self.order)
@@ -434,9 +435,11 @@ def test_driver_refuses_bad_arguments(fast, tmp_path):
     no_step = replace(call, arrays=[*call.arrays[:3], None, *call.arrays[4:]])
     no_projection = replace(call, arrays=[*call.arrays[:2], None, *call.arrays[3:]])
     no_grad = replace(call, arrays=[*call.arrays[:4], None, *call.arrays[5:]])
-    for bad in (no_step, no_projection, no_grad):
-        with pytest.raises(RuntimeError, match="cudaError_t 1:"):
+    with_rows = replace(call, arrays=[*call.arrays[:11], torch.zeros(4, 7)])
+    for bad, error in ((no_step, 1), (no_grad, 1), (no_projection, 801), (with_rows, 801)):
+        with pytest.raises(RuntimeError, match=f"cudaError_t {error}:"):
             harness.run(fast, [bad], tmp_path)
+        assert bad.launches == 0
 
 
 # Defects put into a copy of the sources: file, what is replaced (once), by what, and whether only a sanitizer sees it.

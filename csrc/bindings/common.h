@@ -67,18 +67,10 @@ inline void check_head_step(const Tensor& weight, const Tensor& grad, const std:
   check(step, "step", {}, ScalarType::Float, device);
 }
 
-inline void check_pending(const Tensor& projection, const Tensor& pending, const Tensor& count, DeviceType device) {
-  STD_TORCH_CHECK(pending.dim() == 2 && pending.size(0) > 0, "pending: expected a (capacity, s) tensor");
-  check(pending, "pending", {pending.size(0), projection.size(0)}, projection.scalar_type(), device);
-  check(count, "pending_count", {}, ScalarType::Long, DeviceType::CPU);
-}
-
-// The gradient's factors: output_grad^T features.
-inline void check_factors(const Tensor& weight, const Tensor& features, const Tensor& output_grad, DeviceType device) {
-  STD_TORCH_CHECK(features.dim() == 2 && features.scalar_type() == accumulate_type(features),
-                  "features: expected an (N, s) tensor of float32 or float64");
-  check(features, "features", {features.size(0), weight.size(1)}, weight.scalar_type(), device);
-  check(output_grad, "output_grad", {features.size(0), weight.size(0)}, weight.scalar_type(), device);
+inline void check_rows(const Tensor& rows, const Tensor& count, int64_t s, ScalarType type, DeviceType device) {
+  STD_TORCH_CHECK(rows.dim() == 2 && rows.size(0) > 0, "rows: expected a (R, s) tensor");
+  check(rows, "rows", {rows.size(0), s}, type, device);
+  check(count, "count", {}, ScalarType::Long, device);
 }
 
 inline void check_fusion(const Tensor& logits, const std::optional<Tensor>& present, DeviceType device) {

@@ -33,11 +33,12 @@ DType dtype_of(const Tensor& tensor, const char* name) {
 
 double scalar(const std::optional<Tensor>& tensor, const char* name, double otherwise) {
   if (!tensor.has_value()) return otherwise;
-  check(*tensor, name, {}, ScalarType::Float, kDevice);
+  if (tensor->dim() != 1) check(*tensor, name, {}, ScalarType::Float, kDevice);  // (1,) is one number, too
+  if (tensor->dim() == 1) check(*tensor, name, {1}, ScalarType::Float, kDevice);
   return *static_cast<const float*>(tensor->data_ptr());
 }
 
-Tensor rows(const Tensor& matrix, int64_t first, int64_t count) {
+Tensor narrow_rows(const Tensor& matrix, int64_t first, int64_t count) {
   Tensor whole = matrix;
   return torch::stable::narrow(whole, 0, first, count);
 }
@@ -47,35 +48,24 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, mla_ext::cpu::Body 
 }
 
 mla_ext::cpu::Pending pending_of(const Tensor& projection, const Tensor& pending, const Tensor& count) {
-  check_pending(projection, pending, count, kDevice);
+  check_rows(pending, count, projection.size(0), projection.scalar_type(), kDevice);
   int64_t* waiting = static_cast<int64_t*>(count.data_ptr());
-  STD_TORCH_CHECK(*waiting >= 0 && *waiting < pending.size(0), "pending_count: out of range");
+  STD_TORCH_CHECK(*waiting >= 0 && *waiting < pending.size(0), "count: out of range");
   return {pending.data_ptr(), pending.size(0), waiting};
 }
 
-// projected = [G P; h B]. Where the gradient comes in factors, G = output_grad^T features, from the thinner features P.
+// projected = [G P; h B].
 void project(const Tensor& grad, const Tensor& projection, const void* h, const mla_ext::cpu::Pending& pending,
-             const std::optional<Tensor>& features, const std::optional<Tensor>& output_grad, Tensor& projected) {
+             Tensor& projected) {
   const mla_ext::cpu::Kernels& kernels = mla_ext::cpu::kernels();
   const DType accumulate = dtype_of(projection, "projection");
-  const Tensor X = features.has_value() ? *features : torch::stable::to(grad, projection.scalar_type());
-  const int64_t n = X.size(0), s = X.size(1), C = grad.size(0);
-  Tensor product = features.has_value() ? torch::stable::new_empty(projection, {n + 1, s}) : projected;
-  Tensor XP = rows(product, 0, n), k = rows(product, n, 1);
-  if (mla_ext::cpu::blas_is_faster(n, s)) {
-    matmul_into(X, projection, XP);
-    // Not by BLAS: the user may have allowed it to round as P h must not be.
-    kernels.project(accumulate, projection.data_ptr(), nullptr, 0, h, s, k.data_ptr(), parallel_for);
-  } else {
-    kernels.project(accumulate, projection.data_ptr(), X.data_ptr(), n, h, s, product.data_ptr(), parallel_for);
-  }
-  if (pending.rows != nullptr) {
-    kernels.correct(accumulate, X.data_ptr(), XP.data_ptr(), n, s, pending, parallel_for);
-  }
-  if (!features.has_value()) return;
-  Tensor Z = rows(projected, 0, C), k_of_step = rows(projected, C, 1);
-  matmul_into(torch::stable::transpose(*output_grad, 0, 1), XP, Z);
-  if (h != nullptr) torch::stable::copy_(k_of_step, k);
+  const Tensor G = torch::stable::to(grad, projection.scalar_type());
+  const int64_t C = G.size(0), s = G.size(1);
+  Tensor Z = narrow_rows(projected, 0, C), k = narrow_rows(projected, C, 1);
+  matmul_into(G, projection, Z);
+  // Not by BLAS: the user may have allowed it to round as P h must not be.
+  kernels.project(accumulate, projection.data_ptr(), nullptr, 0, h, s, k.data_ptr(), parallel_for);
+  if (pending.rows != nullptr) kernels.correct(accumulate, G.data_ptr(), Z.data_ptr(), C, s, pending, parallel_for);
 }
 
 Tensor feature_mean(const Tensor& features) {
@@ -94,24 +84,23 @@ void rls_update_(Tensor projection, const Tensor& feature_mean, double alpha, do
       {projection.data_ptr(), feature_mean.data_ptr(), projection.size(0), alpha, forget, normalize}, parallel_for);
 }
 
-void head_step_(Tensor weight, const Tensor& grad, std::optional<Tensor> momentum_buffer, Tensor projection,
+void head_step_(Tensor weight, const Tensor& grad, std::optional<Tensor> momentum_buffer, std::optional<Tensor> base,
+                std::optional<Tensor> beta, std::optional<Tensor> rows, std::optional<Tensor> count,
                 const std::optional<Tensor>& feature_mean, Tensor step, double lr, double momentum, double dampening,
-                double weight_decay, bool nesterov, bool maximize, double alpha, bool absorb_before, bool normalize,
-                double forget, const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
-                const std::optional<Tensor>& lr_tensor, const std::optional<Tensor>& alpha_tensor,
-                std::optional<Tensor> pending_rows, std::optional<Tensor> pending_count,
-                const std::optional<Tensor>& features, const std::optional<Tensor>& output_grad) {
+                double weight_decay, bool nesterov, bool maximize, double alpha, double forget, bool absorb_before,
+                bool normalize, const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
+                const std::optional<Tensor>& lr_tensor, const std::optional<Tensor>& alpha_tensor) {
+  STD_TORCH_CHECK(base.has_value() && !beta.has_value(), "base: expected a (s, s) tensor and no beta");
+  Tensor projection = *base;
   check_head_step(weight, grad, momentum_buffer, projection, feature_mean, step, kDevice);
   const DType dtype = dtype_of(weight, "weight");
   const double scale = scalar(grad_scale, "grad_scale", 1);
-  STD_TORCH_CHECK(pending_rows.has_value() == pending_count.has_value(), "pending_count: expected beside pending");
-  STD_TORCH_CHECK(features.has_value() == output_grad.has_value(), "output_grad: expected beside features");
+  STD_TORCH_CHECK(rows.has_value() == count.has_value(), "count: expected beside rows");
   mla_ext::cpu::Pending pending{nullptr, 0, nullptr};
-  if (pending_rows.has_value()) {
-    pending = pending_of(projection, *pending_rows, *pending_count);
-    STD_TORCH_CHECK(forget == 0 && !normalize, "pending: expected neither forget nor normalize with it");
+  if (rows.has_value()) {
+    pending = pending_of(projection, *rows, *count);
+    STD_TORCH_CHECK(forget == 0 && !normalize, "rows: expected neither forget nor normalize with them");
   }
-  if (features.has_value()) check_factors(weight, *features, *output_grad, kDevice);
   if (scalar(found_inf, "found_inf", 0) != 0) return;
 
   const int64_t C = weight.size(0), s = weight.size(1);
@@ -136,7 +125,7 @@ void head_step_(Tensor weight, const Tensor& grad, std::optional<Tensor> momentu
                                    momentum,
                                    dampening,
                                    weight_decay};
-  if (features.has_value() || mla_ext::cpu::blas_is_faster(C, s)) {
+  if (mla_ext::cpu::blas_is_faster(C, s)) {
     if (absorb_before && feature_mean.has_value()) {
       const DType accumulate = dtype_of(projection, "projection");
       if (pending.rows != nullptr) {
@@ -145,18 +134,19 @@ void head_step_(Tensor weight, const Tensor& grad, std::optional<Tensor> momentu
       mla_ext::cpu::kernels().rls_update(accumulate, rls, parallel_for);
       arguments.rls.feature_mean = nullptr;
     }
-    project(grad, projection, arguments.rls.feature_mean, pending, features, output_grad, projected);
+    project(grad, projection, arguments.rls.feature_mean, pending, projected);
     arguments.is_projected = true;
   }
   mla_ext::cpu::kernels().head_step(dtype, arguments, parallel_for);
   *steps += 1;
 }
 
-void fold_(Tensor projection, const Tensor& pending, Tensor pending_count) {
-  STD_TORCH_CHECK(projection.dim() == 2 && projection.numel() > 0, "projection: expected a non-empty (s, s) tensor");
-  check(projection, "projection", {projection.size(0), projection.size(0)}, accumulate_type(projection), kDevice);
-  mla_ext::cpu::kernels().fold(dtype_of(projection, "projection"), projection.data_ptr(), projection.size(0),
-                               pending_of(projection, pending, pending_count), parallel_for);
+void settle_(std::optional<Tensor> base, std::optional<Tensor> beta, Tensor rows, Tensor count) {
+  STD_TORCH_CHECK(base.has_value() && !beta.has_value(), "base: expected a (s, s) tensor and no beta");
+  STD_TORCH_CHECK(base->dim() == 2 && base->numel() > 0, "base: expected a non-empty (s, s) tensor");
+  check(*base, "base", {base->size(0), base->size(0)}, accumulate_type(*base), kDevice);
+  mla_ext::cpu::kernels().fold(dtype_of(*base, "base"), base->data_ptr(), base->size(0), pending_of(*base, rows, count),
+                               parallel_for);
 }
 
 std::tuple<Tensor, Tensor> entropy_fusion(const Tensor& logits, const std::optional<Tensor>& present) {
@@ -180,13 +170,12 @@ STABLE_TORCH_LIBRARY(mla_ext, library) {
   library.def(
       "rls_update_(Tensor(a!) projection, Tensor feature_mean, float alpha, float forget, bool normalize) -> ()");
   library.def(
-      "head_step_(Tensor(a!) weight, Tensor grad, Tensor(b!)? momentum_buffer, Tensor(c!) projection, "
-      "Tensor? feature_mean, Tensor(d!) step, float lr, float momentum, float dampening, float weight_decay, "
-      "bool nesterov, bool maximize, float alpha, bool absorb_before, bool normalize, float forget, "
-      "Tensor? grad_scale, Tensor? found_inf, Tensor? lr_tensor=None, Tensor? alpha_tensor=None, "
-      "Tensor(e!)? pending=None, Tensor(f!)? pending_count=None, Tensor? features=None, Tensor? output_grad=None) -> "
-      "()");
-  library.def("fold_(Tensor(a!) projection, Tensor pending, Tensor(b!) pending_count) -> ()");
+      "head_step_(Tensor(a!) weight, Tensor grad, Tensor(b!)? momentum_buffer, Tensor(c!)? base, Tensor(d!)? beta, "
+      "Tensor(e!)? rows, Tensor(f!)? count, Tensor? feature_mean, Tensor(g!) step, float lr, float momentum, "
+      "float dampening, float weight_decay, bool nesterov, bool maximize, float alpha, float forget, "
+      "bool absorb_before, bool normalize, Tensor? grad_scale, Tensor? found_inf, Tensor? lr_tensor=None, "
+      "Tensor? alpha_tensor=None) -> ()");
+  library.def("settle_(Tensor(a!)? base, Tensor(b!)? beta, Tensor(c!) rows, Tensor(d!) count) -> ()");
   library.def("entropy_fusion(Tensor logits, Tensor? present) -> (Tensor fused, Tensor weights)");
 }
 
@@ -194,6 +183,6 @@ STABLE_TORCH_LIBRARY_IMPL(mla_ext, CPU, library) {
   library.impl("feature_mean", TORCH_BOX(&feature_mean));
   library.impl("rls_update_", TORCH_BOX(&rls_update_));
   library.impl("head_step_", TORCH_BOX(&head_step_));
-  library.impl("fold_", TORCH_BOX(&fold_));
+  library.impl("settle_", TORCH_BOX(&settle_));
   library.impl("entropy_fusion", TORCH_BOX(&entropy_fusion));
 }

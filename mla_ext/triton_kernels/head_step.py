@@ -9,6 +9,8 @@ program reads it in the launch that changes it. All sums run in a fixed order.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -389,7 +391,7 @@ def head_step_(
     C = 0 if grad is None else len(grad)
     absorbs = feature_mean is not None
     is_late = absorbs and grad is not None and hyper.absorb == "before"
-    like = {"dtype": projection.dtype, "device": device}
+    like: dict[str, Any] = {"dtype": projection.dtype, "device": device}
 
     # A square tile of Z: larger ones read P and G less often, but a few classes would leave them mostly empty.
     BLOCK_C = BLOCK_J = min(max(triton.next_power_of_2(C), 16), 64)

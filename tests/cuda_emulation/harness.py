@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
-KERNELS = HERE.parents[1] / "csrc" / "cuda"
+CSRC = HERE.parents[1] / "csrc"
+KERNELS = CSRC / "cuda"
 COMPILER = shutil.which("g++")
 UNAVAILABLE = (
     "the emulation is built with g++, which is not here"
@@ -31,7 +32,7 @@ FAST = ("-Og",)  # compiles in a third of the time of -O2, and runs almost as fa
 SANITIZED = ("-Og", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 
 FEATURE_MEAN, RLS_UPDATE, HEAD_STEP, ENTROPY_FUSION = range(4)
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # DType
 # Rows of kDevices in emulation.cpp: multiprocessors × blocks on each, and how much shared memory.
 H100, THREE, FORTY, FIVE_BY_TWO, ONE = range(5)
 
@@ -71,8 +72,8 @@ def compile_and_link(directory: Path, flags: Sequence[str], kernels: Path, sourc
 
     def compile_one(source: Path) -> Path:
         target = directory / f"{source.stem}.o"
-        command = [COMPILER, *common, f"-I{HERE / 'include'}", f"-I{kernels}", "-x", "c++", "-c", source, "-o", target]
-        check_output(command)
+        includes = [f"-I{path}" for path in (HERE / "include", kernels, CSRC)]
+        check_output([COMPILER, *common, *includes, "-x", "c++", "-c", source, "-o", target])
         return target
 
     with ThreadPoolExecutor(2) as pool:
