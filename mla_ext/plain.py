@@ -38,7 +38,7 @@ def plain_step(
     """
     if not params:
         return
-    buffers = [state[param].get("momentum_buffer") for param in params] if _has_momentum(group) else []
+    buffers = [state.get(param, {}).get("momentum_buffer") for param in params] if _has_momentum(group) else []
     is_new = [buffer is None for buffer in buffers]
     is_first = any(is_new)
     if is_first and not all(is_new):
