@@ -39,16 +39,16 @@ def plain_step(
     if not params:
         return
     buffers = [state.get(param, {}).get("momentum_buffer") for param in params] if _has_momentum(group) else []
+    grads: list[Any] = [param.grad for param in params]
+    fused = _takes_fused(group, params, grads, found_inf is not None)
     is_new = [buffer is None for buffer in buffers]
     is_first = any(is_new)
-    if is_first and not all(is_new):
+    if is_first and not all(is_new) and (fused or not group["foreach"]):  # foreach has a way of its own for a mixture
         for new in (False, True):
             some = [param for param, its in zip(params, is_new, strict=True) if its is new]
             plain_step(state, group, some, grad_scale, found_inf)
         return
 
-    grads: list[Any] = [param.grad for param in params]
-    fused = _takes_fused(group, params, grads, found_inf is not None)
     # Nobody waits for a GPU, except where the fused kernel would leave new buffers uninitialised.
     if found_inf is not None and (is_first or not fused) and found_inf.item():
         return

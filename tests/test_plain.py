@@ -397,6 +397,14 @@ def test_what_pytorch_itself_steps_under_grad_scaler(name):
                     assert torch.equal(ours.grad.to_dense(), theirs.grad.to_dense())
 
 
+def test_buffers_of_which_some_are_new_with_foreach():
+    """In half precision its roundings depend on that."""
+    twins = Twins([randn(50).bfloat16(), randn(50).bfloat16()], momentum=0.9, dampening=0.5, foreach=True)
+    for t in range(4):
+        twins.step([randn(50).bfloat16(), randn(50).bfloat16() if t >= 2 else None])
+        twins.check()
+
+
 def test_buffers_of_which_some_are_new_with_fused(calls):
     """Which torch.optim.SGD(fused=True) itself cannot."""
     for fused in (True, None):
