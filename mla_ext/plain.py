@@ -1,4 +1,4 @@
-"""The step of the parameters without a projection: torch.optim.SGD's, on CPUs in one compiled pass with the same bits."""
+"""The step of the parameters without a projection: torch.optim.SGD's, on CPUs in one compiled pass, same bits."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from torch.autograd.graph import increment_version
 from torch.optim.sgd import sgd
 
 from . import _library
+
+__all__ = ["plain_step"]
 
 _kernel = getattr(_library.module, "plain_sgd", None)
 
@@ -88,7 +90,7 @@ def _step_in_kernel(
     is_first: bool,
     scale: float,
 ) -> bool:
-    """Makes the step in the compiled kernel, if that can; if not, nothing changes. Fills `buffers` in the first step."""
+    """Makes the step in the compiled kernel, if that can; else nothing changes. Fills `buffers` in the first step."""
     if _kernel is None or group["foreach"] or torch.compiler.is_compiling() or (fma := _add_is_fma()) is None:
         return False
     new_buffers = [torch.empty_like(param) for param in params] if is_first else buffers

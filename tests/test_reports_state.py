@@ -131,7 +131,7 @@ def test_loading_by_name(momentum):
     others, other = two_heads(("second", "first"), momentum)
     other.register_load_state_dict_pre_hook(by_name)
     others.load_state_dict(heads.state_dict())
-    other.load_state_dict(optimizer.state_dict())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for pair in ((heads, optimizer), (others, other)):
         train_two(*pair, 3)
     for head, its in zip(heads.values(), others.values(), strict=True):
@@ -431,11 +431,11 @@ def test_a_head_that_is_fed_is_not_complained_of():
 
 
 def zero(rank, world):
-    from torch.distributed.optim import ZeroRedundancyOptimizer
-
     model, results = network(), []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, about its own
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
         try:
             optimizer = ZeroRedundancyOptimizer(model.parameters(), ProjectedSGD, lr=0.1)
             attach_where_owned(optimizer.optim, model)

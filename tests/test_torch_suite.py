@@ -38,9 +38,8 @@ class Attached(ProjectedSGD):
 
     def step(self, closure=None):
         for weight in self.weights():
-            if weight.grad is not None and not weight.grad.is_sparse:
-                features = torch.linspace(-1, 1, 2 * weight.shape[1], device=weight.device, dtype=torch.float32)
-                self.observe(weight, features.view(2, -1).to(weight.dtype))
+            features = torch.linspace(-1, 1, 2 * weight.shape[1], device=weight.device, dtype=torch.float32)
+            self.observe(weight, features.view(2, -1).to(weight.dtype))
         with torch.no_grad():
             return inspect.unwrap(ProjectedSGD.step)(self, closure)  # its hooks are this method's already
 
