@@ -18,7 +18,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent / "cuda_emulation"))
 import harness
-from harness import FIVE_BY_TWO, FORTY, H100, ONE, THREE, Call
+from harness import FIVE_BY_TWO, FORTY, H100, ONE, PARTLY_HELD, THREE, Call
 
 from mla_ext import reference
 from mla_ext.reference import Hyperparameters, accumulate_dtype
@@ -416,17 +416,22 @@ def test_same_bits_in_every_order(fast, tmp_path):
 
 
 def test_launches(fast, tmp_path):
-    """One for each step where the rows of P fit on chip, two where not, and one more to normalize."""
+    """One for each step where the rows of P fit on chip, two where not, and one more to normalize.
+
+    Two also where another process holds so much of the device that the one launch is refused.
+    """
     normalize = Hyperparameters(normalize=True)
     expected = [
         (HeadCase(512, 6, torch.float32, H100, steps=1), 1),
         (HeadCase(512, 6, torch.float32, FORTY, normalize, steps=1), 1),
         (HeadCase(512, 6, torch.float32, FORTY, steps=1, product_given=True), 2),
         (HeadCase(512, 6, torch.float32, THREE, steps=1), 2),
+        (HeadCase(512, 6, torch.float32, PARTLY_HELD, steps=1), 2),
         (HeadCase(512, 6, torch.float32, THREE, normalize, steps=1), 3),
     ]
     calls = [case.call() for case, _ in expected]
-    harness.run(fast, calls, tmp_path)
+    for (case, _), arrays in zip(expected, harness.run(fast, calls, tmp_path), strict=True):
+        case.check(arrays)
     assert [call.launches for call in calls] == [launches for _, launches in expected]
 
 

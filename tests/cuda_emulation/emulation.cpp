@@ -59,7 +59,8 @@ constexpr unsigned kResidentThreads = 2048;  // of a launch without grid barrier
 constexpr int kFreeSharedBytes = 48 * 1024;  // what a kernel gets without asking
 constexpr unsigned char kPoison = 0xff;      // bytes of a NaN in every floating-point type
 
-const Device kDevices[] = {{132, 1, 232448}, {3, 1, 232448}, {40, 1, 166912}, {5, 2, 101376}, {1, 1, 101376}};
+const Device kDevices[] = {{132, 1, 232448}, {3, 1, 232448}, {40, 1, 166912},
+                           {5, 2, 101376},   {1, 1, 101376}, {132, 1, 232448, 100}};
 
 int device_index = 0;
 int64_t launch_count = 0;
@@ -399,7 +400,8 @@ cudaError_t emulated_launch_check(const void* kernel, unsigned blocks, size_t sh
   const int limit = raised == emulation::raised_shared_bytes.end() ? emulation::kFreeSharedBytes : raised->second;
   if (shared_bytes > static_cast<size_t>(limit)) return cudaErrorInvalidValue;
   if (blocks == 0) return cudaErrorInvalidConfiguration;
-  if (cooperative && blocks > static_cast<unsigned>(device.multiprocessors * device.blocks_per_multiprocessor)) {
+  if (cooperative &&
+      blocks > static_cast<unsigned>(device.multiprocessors * device.blocks_per_multiprocessor - device.held_blocks)) {
     return cudaErrorCooperativeLaunchTooLarge;
   }
   return cudaSuccess;

@@ -36,7 +36,7 @@ RECORDED = ("-O0", "-fsanitize=thread")  # the kernels alone: every access then 
 FEATURE_MEAN, RLS_UPDATE, HEAD_STEP, ENTROPY_FUSION = range(4)
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # DType
 # Rows of kDevices in emulation.cpp: multiprocessors × blocks on each, and how much shared memory.
-H100, THREE, FORTY, FIVE_BY_TWO, ONE = range(5)
+H100, THREE, FORTY, FIVE_BY_TWO, ONE, PARTLY_HELD = range(6)
 SHARED, WORKSPACE = -2, -1  # beside the numbers of a call's arrays, in what a recorder says
 
 

@@ -30,7 +30,8 @@ namespace emulation {
 struct Device {
   int multiprocessors;
   int blocks_per_multiprocessor;
-  int shared_bytes;  // the most that one block may have
+  int shared_bytes;     // the most that one block may have
+  int held_blocks = 0;  // by another process: a cooperative launch has so many fewer than occupancy promises
 };
 void use_device(int index, uint64_t seed);  // the seed orders threads, blocks and asynchronous copies
 int64_t launches();                         // since then
