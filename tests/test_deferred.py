@@ -127,7 +127,7 @@ def test_the_op_refuses_what_does_not_fit():
         with pytest.raises(error, match=message):
             step_(W, randn(3, 9), None, Projection(P, None, rows, count), randn(9), step, Hyperparameters())
     for options in ({"forget": 0.1}, {"normalize": True}):
-        with pytest.raises(RuntimeError, match="(forget|normalize): expected"):
+        with pytest.raises(RuntimeError, match=r"(forget|normalize): expected"):
             step_(W, randn(3, 9), None, deferred(P), randn(9), step, Hyperparameters(**options))
     assert torch.equal(W, randn(3, 9)) and step == 0
 
