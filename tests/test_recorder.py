@@ -123,7 +123,7 @@ TITLE = "What a step moves"
 
 def table(counts: list[list[Launch]]) -> str:
     lines = [
-        f"# {TITLE}",
+        f"## {TITLE}",
         "",
         "Counted on the host by tests/cuda_emulation/recorder.cpp, in float32 with momentum; nothing here is a time.",
         "Bytes are those that threads ask for: a GPU's caches serve some of them. The model is `Budget.model` in",

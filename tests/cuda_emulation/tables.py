@@ -10,8 +10,8 @@ TABLES = Path(__file__).resolve().parents[2] / "docs" / "kernels.md"
 
 
 def section(title: str) -> str:
-    """From the heading `# title` to the next heading."""
-    found = re.search(rf"^# {re.escape(title)}\n.*?(?=^# |\Z)", TABLES.read_text(), re.M | re.S)
+    """From the heading of that title to the next one."""
+    found = re.search(rf"^#+ {re.escape(title)}\n.*?(?=^#+ |\Z)", TABLES.read_text(), re.M | re.S)
     return found[0].rstrip("\n") + "\n" if found else ""
 
 
