@@ -1,5 +1,8 @@
 """The rank form P = βI − KᵀK: the reference against dense P, and the CPU op against the reference."""
 
+from functools import partial
+
+import helpers
 import pytest
 import torch
 from parity import assert_as_accurate
@@ -11,8 +14,7 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 needs_ops = pytest.mark.skipif(_library.load_error is not None, reason="the ops are not compiled")
 
 
-def randn(*shape, dtype=torch.float64, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+randn = partial(helpers.randn, dtype=torch.float64)
 
 
 def mean_of_step(t, s, dtype):
