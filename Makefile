@@ -20,6 +20,7 @@ test: lint
 lint: $(VENV)/.installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
 	$(VENV)/bin/clang-format --dry-run -Werror $(NATIVE)
 
 format: $(VENV)/.installed
@@ -27,16 +28,17 @@ format: $(VENV)/.installed
 	$(RUN) -m ruff format .
 	$(VENV)/bin/clang-format -i $(NATIVE)
 
-# All tables and plots of speed; BENCH=--quick takes a minute.
+# All tables and plots of speed; BENCH=--quick takes a few minutes. `python -m benchmarks.compare` says what changed.
 BENCH ?=
 bench: $(VENV)/.installed
+	$(RUN) -m benchmarks.speed.step $(BENCH)
 	$(RUN) -m benchmarks.speed.head_step $(BENCH)
 	$(RUN) -m benchmarks.speed.fusion $(BENCH)
 	$(RUN) -m benchmarks.speed.training $(BENCH)
-	$(RUN) -m benchmarks.speed.host_time
+	$(RUN) -m benchmarks.speed.host_time $(BENCH)
 
-# All tables and figures of the method on DATA, 77 minutes on two cores with the four datasets of the README:
-# make evidence DATA="digits avdigits.npz wikipedia.npz mfeat.npz". Interrupted, it goes on where it was.
+# All tables and figures of the method on DATA: 77 minutes on two cores with the four datasets of docs/evidence.md,
+# make evidence DATA="digits avdigits.npz wikipedia.npz mfeat.npz". An interrupted run continues where it was.
 DATA ?= digits
 SEEDS ?= 5
 evidence: $(VENV)/.installed

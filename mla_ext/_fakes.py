@@ -13,7 +13,7 @@ def register() -> None:
     torch.library.register_fake("mla_ext::feature_mean", _feature_mean)
     torch.library.register_fake("mla_ext::rls_update_", _in_place)
     torch.library.register_fake("mla_ext::head_step_", _in_place)
-    torch.library.register_fake("mla_ext::fold_", _in_place)
+    torch.library.register_fake("mla_ext::settle_", _in_place)
     torch.library.register_fake("mla_ext::entropy_fusion", _entropy_fusion)
 
 

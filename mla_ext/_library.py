@@ -31,9 +31,10 @@ def check_torch(version: str) -> None:
 def read_facts() -> dict[str, Any]:
     """What CMakeLists.txt wrote beside the libraries that it built; nothing before a build, or where it is damaged."""
     try:
-        return json.loads((PACKAGE / "_build.json").read_text(encoding="utf-8"))
+        written: dict[str, Any] = json.loads((PACKAGE / "_build.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+    return written
 
 
 def remedy() -> str:

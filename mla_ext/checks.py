@@ -7,9 +7,29 @@ from numbers import Real
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from .projection import Projection
 from .reference import Hyperparameters, accumulate_dtype
+from .step import HeadStep
+
+__all__ = [
+    "WEIGHT_DTYPES",
+    "check_head_step",
+    "check_hyperparameters",
+    "check_nonempty",
+    "check_number",
+    "check_options",
+    "check_projection",
+    "check_rank",
+    "check_rls_update",
+    "check_tensor",
+    "check_writable",
+    "describe",
+    "fits",
+    "has_momentum",
+]
 
 WEIGHT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -25,7 +45,7 @@ def _name(of_torch: torch.dtype | torch.layout) -> str:
     return str(of_torch).removeprefix("torch.")
 
 
-def _fits(shape: torch.Size, wanted: tuple[int | str, ...]) -> bool:
+def fits(shape: torch.Size, wanted: tuple[int | str, ...]) -> bool:
     return shape == wanted or (
         len(shape) == len(wanted)
         and all(isinstance(size, str) or size == have for size, have in zip(wanted, shape, strict=True))
@@ -45,7 +65,7 @@ def check_tensor(
     """
     if (
         isinstance(value, Tensor)
-        and _fits(value.shape, shape)
+        and fits(value.shape, shape)
         and value.dtype in dtypes
         and value.layout == torch.strided
         and (device is None or value.device == device)
@@ -55,7 +75,7 @@ def check_tensor(
     if not isinstance(value, Tensor) or value.layout != torch.strided or value.dtype not in dtypes:
         kinds = " or ".join(map(_name, dtypes))
         raise TypeError(f"{name}: expected a dense {wanted} tensor of {kinds}, got {describe(value)}")
-    if not _fits(value.shape, shape):
+    if not fits(value.shape, shape):
         raise ValueError(f"{name}: expected shape {wanted}, got {describe(value)}")
     if device is not None and value.device != device:
         raise ValueError(f"{name}: expected a tensor on {device}, got {describe(value)}")
@@ -120,29 +140,77 @@ def check_rls_update(projection: Tensor, feature_mean: Tensor) -> None:
     check_tensor("feature_mean", feature_mean, (s,), (projection.dtype,), projection.device)
 
 
-def check_head_step(
-    weight: Tensor,
-    grad: Tensor,
-    momentum_buffer: Tensor | None,
-    projection: Tensor,
-    feature_mean: Tensor | None,
-    step: Tensor,
-    hyper: Hyperparameters,
-) -> None:
-    """Of the tensors; `check_hyperparameters` is for hyper itself."""
+def check_projection(projection: Projection, s: int, dtype: torch.dtype, device: torch.device) -> None:
+    P = projection
+    if (P.base is None) == (P.beta is None):
+        raise ValueError("projection: expected either a base (s, s) or a beta, got both or neither")
+    if P.base is not None:
+        check_tensor("projection", P.base, (s, s), (dtype,), device)
+        check_writable("projection", P.base)
+    if P.beta is not None:
+        check_tensor("beta", P.beta, (), (dtype,), device)
+    if P.rows is not None:
+        check_tensor("rows", P.rows, ("R", s), (dtype,), device)
+        check_nonempty("rows", P.rows)
+        check_writable("rows", P.rows)
+        check_tensor("count", P.count, (), (torch.int64,), device)
+    elif P.beta is not None:
+        raise ValueError("rows: expected a tensor (R, s) beside beta, got None")
+
+
+def check_head_step(step: HeadStep) -> None:
+    """Of the tensors; `check_hyperparameters` is for step.hyper itself."""
+    weight = step.weight
     check_tensor("weight", weight, ("C", "s"))
     check_nonempty("weight", weight)
-    shape, device, dtypes = weight.shape, weight.device, (accumulate_dtype(weight.dtype),)
-    check_tensor("grad", grad, shape, (weight.dtype,), device)
-    check_tensor("projection", projection, (shape[1], shape[1]), dtypes, device)
-    check_tensor("step", step, (), (torch.float32,), device)
+    shape, device, dtype = weight.shape, weight.device, accumulate_dtype(weight.dtype)
+    check_tensor("grad", step.grad, shape, (weight.dtype,), device)
+    check_projection(step.projection, shape[1], dtype, device)
+    check_tensor("step", step.step, (), (torch.float32,), device)
     check_writable("weight", weight)
-    check_writable("projection", projection)
-    if feature_mean is not None:
-        check_tensor("feature_mean", feature_mean, shape[1:], dtypes, device)
-    if momentum_buffer is not None:
-        check_tensor("momentum_buffer", momentum_buffer, shape, dtypes, device)
-        check_writable("momentum_buffer", momentum_buffer)
-    elif isinstance(hyper.momentum, Tensor) or hyper.momentum != 0:
-        wanted = f"a {tuple(shape)} {_name(dtypes[0])} tensor with momentum {hyper.momentum}"
+    if step.feature_mean is not None:
+        check_tensor("feature_mean", step.feature_mean, shape[1:], (dtype,), device)
+    if step.momentum_buffer is not None:
+        check_tensor("momentum_buffer", step.momentum_buffer, shape, (dtype,), device)
+        check_writable("momentum_buffer", step.momentum_buffer)
+    elif has_momentum(step.hyper.momentum):
+        wanted = f"a {tuple(shape)} {_name(dtype)} tensor with momentum {step.hyper.momentum}"
         raise ValueError(f"momentum_buffer: expected {wanted}, got None")
+    if step.projection.beta is not None and step.hyper.normalize:
+        raise ValueError("normalize: expected False in the rank form, whose norm is not at hand; use rank=None")
+    for name, value in (("grad_scale", step.grad_scale), ("found_inf", step.found_inf)):
+        if value is not None:
+            is_vector = isinstance(value, Tensor) and value.shape == (1,)  # torch's fused kernels take both
+            check_tensor(name, value, (1,) if is_vector else (), (torch.float32,), device)
+
+
+def has_momentum(momentum: float | Tensor) -> bool:
+    return isinstance(momentum, Tensor) or momentum != 0
+
+
+def check_options(options: dict[str, Any], differentiable: bool, process_group: Any) -> None:
+    """The keywords of ProjectedSGD that are no hyperparameters of the step."""
+    for name, choices in (
+        ("capturable", (True, False)),
+        ("foreach", (True, False, None)),
+        ("fused", (True, False, None)),
+    ):
+        if not any(options[name] is choice for choice in choices):
+            raise TypeError(f"{name}: expected one of {choices}, got {describe(options[name])}")
+    if options["foreach"] and options["fused"]:
+        raise ValueError("fused: expected False or None with foreach=True, got True")
+    if differentiable:
+        raise ValueError("differentiable: expected False, as the step updates weights in place; got True")
+    is_group = dist.is_available() and isinstance(process_group, dist.ProcessGroup)
+    if not (process_group is None or process_group == "local" or is_group):
+        raise ValueError(f"process_group: expected a process group, None or 'local', got {process_group!r}")
+
+
+def check_rank(rank: Any, normalize: bool) -> None:
+    is_number = isinstance(rank, int) and not isinstance(rank, bool)
+    if not (rank is None or rank == "auto" or is_number):
+        raise TypeError(f"rank: expected 'auto', None or a number of rows, got {describe(rank)}")
+    if is_number and rank < 2:
+        raise ValueError(f"rank: expected at least 2 rows, got {rank}")
+    if is_number and normalize:
+        raise ValueError(f"normalize: expected False with rank={rank}, whose norm is not at hand; use rank=None")

@@ -8,6 +8,8 @@ import torch
 
 from . import __version__, _library, backends
 
+__all__ = ["build_info"]
+
 
 def build_info() -> dict[str, Any]:
     """What mla_ext was built with, and what runs here.

@@ -7,14 +7,18 @@ RuntimeError. Wrong types raise TypeError, wrong shapes, devices and values Valu
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
 from . import backends, checks
-from .pending import Pending
+from .backends import Backend
+from .projection import Projection
 from .reference import Hyperparameters
+from .step import HeadStep
 
-__all__ = ["Hyperparameters", "entropy_fusion", "feature_mean", "head_step_", "rls_update_"]
+__all__ = ["HeadStep", "Hyperparameters", "Projection", "entropy_fusion", "feature_mean", "head_step_", "rls_update_"]
 
 
 @torch.no_grad()
@@ -48,7 +52,7 @@ def head_step_(
     weight: Tensor,
     grad: Tensor,
     momentum_buffer: Tensor | None,
-    projection: Tensor,
+    projection: Tensor | Projection,
     feature_mean: Tensor | None,
     step: Tensor,
     hyper: Hyperparameters,
@@ -59,43 +63,40 @@ def head_step_(
     """One step of the shared head, in place on weight, momentum_buffer, projection and step: `reference.head_step`.
 
     weight, grad (C, s); momentum_buffer (C, s) float32 (float64 for float64) or None without momentum; projection
-    (s, s) and feature_mean (s,) or None in that dtype too; step 0-d float32, 0 before momentum_buffer's first update.
-    grad_scale: one float32 that divides grad; found_inf: one float32, and unless it is 0 nothing changes.
+    P (s, s), or a `Projection`, and feature_mean (s,) or None in that dtype too; step 0-d float32, 0 before
+    momentum_buffer's first update. grad_scale: one float32 that divides grad; found_inf: one float32, and unless it is
+    0 nothing changes.
     """
+    P = projection if isinstance(projection, Projection) else Projection(base=projection)
+    head_step = HeadStep(weight, grad, momentum_buffer, P, feature_mean, step, hyper, grad_scale, found_inf)
     checks.check_hyperparameters(hyper)
-    checks.check_head_step(weight, grad, momentum_buffer, projection, feature_mean, step, hyper)
-    for name, value in (("grad_scale", grad_scale), ("found_inf", found_inf)):
-        if value is not None:
-            checks.check_tensor(name, value, (), (torch.float32,), weight.device)
-    run_head_step_(weight, grad, momentum_buffer, projection, feature_mean, step, hyper, grad_scale, found_inf, backend)
+    checks.check_head_step(head_step)
+    run_head_step_(head_step, backends.choose(backend, weight.device))
 
 
-def run_head_step_(
-    weight: Tensor,
-    grad: Tensor,
-    momentum_buffer: Tensor | None,
-    projection: Tensor,
-    feature_mean: Tensor | None,
-    step: Tensor,
-    hyper: Hyperparameters,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    backend: str,
-    pending: Pending | None = None,
-    factors: tuple[Tensor, Tensor] | None = None,
-) -> None:
-    """`head_step_` on arguments that are already checked, with gradients disabled.
-
-    For the backend "cpu" alone: `pending` lets the update of P wait, and belongs to this projection; `factors` are
-    features (N, s) and output_grad (N, C) with grad = output_gradᵀ features, which give G P by a smaller product.
-    """
-    chosen = backends.choose(backend, weight.device)
-    W, P = weight.contiguous(), projection.contiguous()
-    M = None if momentum_buffer is None else momentum_buffer.contiguous()
-    h = None if feature_mean is None else feature_mean.contiguous()
-    extras = {} if pending is None and factors is None else {"pending": pending, "factors": factors}
-    chosen.head_step_(W, grad.contiguous(), M, P, h, step, hyper, grad_scale, found_inf, **extras)
-    _write_back((weight, W), (projection, P), (momentum_buffer, M))
+def run_head_step_(step: HeadStep, backend: Backend) -> None:
+    """`head_step_` on arguments that are already checked, with gradients disabled."""
+    P = step.projection
+    written = (step.weight, step.momentum_buffer, P.base, P.rows)
+    read = (step.grad, step.feature_mean)
+    if all(tensor is None or tensor.is_contiguous() for tensor in (*written, *read)):
+        return backend.head_step_(step)
+    weight, momentum_buffer, base, rows, grad, feature_mean = (
+        None if tensor is None else tensor.contiguous() for tensor in (*written, *read)
+    )
+    assert weight is not None and grad is not None
+    used = Projection(base, P.beta, rows, P.count)
+    backend.head_step_(
+        dataclasses.replace(
+            step,
+            weight=weight,
+            grad=grad,
+            momentum_buffer=momentum_buffer,
+            projection=used,
+            feature_mean=feature_mean,
+        )
+    )
+    _write_back(*zip(written, (weight, momentum_buffer, base, rows), strict=True))
 
 
 @torch.no_grad()
@@ -119,5 +120,5 @@ def entropy_fusion(logits: Tensor, present: Tensor | None = None, backend: str =
 def _write_back(*pairs: tuple[Tensor | None, Tensor | None]) -> None:
     """Non-contiguous tensors were updated in a contiguous copy."""
     for original, used in pairs:
-        if original is not used:
+        if original is not None and used is not None and original is not used:
             original.copy_(used)

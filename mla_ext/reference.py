@@ -14,6 +14,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+__all__ = [
+    "Hyperparameters",
+    "accumulate_dtype",
+    "entropy_fusion",
+    "feature_mean",
+    "head_step",
+    "rank_compress",
+    "rank_head_step",
+    "rank_product",
+    "rank_update",
+    "rls_update",
+]
+
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of P, of h̄ and of a projected weight's momentum buffer: float64 for float64, else float32."""
@@ -69,6 +82,64 @@ def rls_update(
     return torch.where(d.isfinite() & (d != 0), updated, P)
 
 
+def rank_product(X: Tensor, beta: Tensor, rows: Tensor) -> Tensor:
+    """X P of the rank form P = βI − KᵀK, as βX − (X Kᵀ) K: X (..., s), beta 0-d, rows K (r, s) -> (..., s)."""
+    return beta * X - (X @ rows.T) @ rows
+
+
+def rank_update(
+    beta: Tensor,
+    rows: Tensor,
+    feature_mean: Tensor,
+    alpha: float | Tensor = 0.1,
+    forget: float | Tensor = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """`rls_update` of P = βI − KᵀK: one row k / √d more, with k = P h̄; then β ← (1−ρ)β + ρ and K ← √(1−ρ) K.
+
+    Returns β (0-d) and K (r + 1, s), or both as they were where d is infinite, NaN or 0. In exact arithmetic
+    h̄ᵀk ≥ |k|²/β, because 0 ⪯ P ⪯ βI. The larger of the two is used: then rounding never takes more from P than it
+    has, and d ≥ α.
+    """
+    k = rank_product(feature_mean, beta, rows)
+    d = alpha + torch.maximum(torch.dot(feature_mean, k), torch.dot(k, k) / beta)
+    if not (d.isfinite() and d > 0):
+        return beta, rows
+    return (1 - forget) * beta + forget, (1 - forget) ** 0.5 * torch.cat([rows, (k / d.sqrt()).unsqueeze(0)])
+
+
+def rank_compress(beta: Tensor, rows: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+    """P = βI − KᵀK with `keep` rows: its strongest directions stay as they are, the rest becomes one number.
+
+    With K Kᵀ = V Λ Vᵀ, P has the eigenvalue p_i = β − λ_i on the direction vᵢᵀK / √λ_i, and β on whatever is
+    orthogonal to K. The directions of the `keep` largest λ stay. Everything else gets the mean of its eigenvalues,
+    β' = (Σ dropped p_i + (s − r) β) / (s − keep), so the trace stays. A row is √(β' − p_i) times its direction.
+    Returns β' (0-d) and K (keep, s). The eigenvectors are found in float64.
+    """
+    r, s = rows.shape
+    K, b = rows.double(), beta.double()
+    values, vectors = torch.linalg.eigh(K @ K.T)
+    values, vectors = values.flip(0), vectors.flip(1)  # the largest first
+    p = (b - values).clamp(min=0)
+    rest = ((p[keep:].sum() + (s - r) * b) / (s - keep)).clamp(min=0) if s > keep else b
+    values, p = values[:keep], p[:keep]
+    is_there = (values > 1e-15 * b) & (rest > p)  # a direction that is not there becomes a row of zeros
+    factor = torch.where(is_there, (rest - p) / values, 0.0).sqrt()
+    return rest.to(beta.dtype), (factor.unsqueeze(1) * (vectors[:, :keep].T @ K)).to(rows.dtype)
+
+
+def _sgd(
+    weight: Tensor, projected: Tensor, momentum_buffer: Tensor | None, step: Tensor, hyper: Hyperparameters
+) -> tuple[Tensor, Tensor | None]:
+    """The new weight and momentum_buffer of torch.optim.SGD, with the gradient `projected` (C, s)."""
+    g = -projected if hyper.maximize else projected
+    g = g + hyper.weight_decay * weight.to(g.dtype)
+    if momentum_buffer is not None:
+        blended = hyper.momentum * momentum_buffer + (1 - hyper.dampening) * g
+        momentum_buffer = torch.where(step == 0, g, blended)
+        g = g + hyper.momentum * momentum_buffer if hyper.nesterov else momentum_buffer
+    return (weight.to(g.dtype) - hyper.lr * g).to(weight.dtype), momentum_buffer
+
+
 def head_step(
     weight: Tensor,
     grad: Tensor,
@@ -89,15 +160,36 @@ def head_step(
     if feature_mean is not None:
         absorbed = rls_update(projection, feature_mean, hyper.alpha, hyper.forget, hyper.normalize)
     P = absorbed if hyper.absorb == "before" else projection
+    weight, momentum_buffer = _sgd(weight, grad.to(P.dtype) @ P, momentum_buffer, step, hyper)
+    return weight, momentum_buffer, absorbed
 
-    g = grad.to(P.dtype) @ P
-    g = -g if hyper.maximize else g
-    g = g + hyper.weight_decay * weight.to(P.dtype)
-    if momentum_buffer is not None:
-        blended = hyper.momentum * momentum_buffer + (1 - hyper.dampening) * g
-        momentum_buffer = torch.where(step == 0, g, blended)
-        g = g + hyper.momentum * momentum_buffer if hyper.nesterov else momentum_buffer
-    return (weight.to(P.dtype) - hyper.lr * g).to(weight.dtype), momentum_buffer, absorbed
+
+def rank_head_step(
+    weight: Tensor,
+    grad: Tensor,
+    momentum_buffer: Tensor | None,
+    beta: Tensor,
+    rows: Tensor,
+    capacity: int,
+    feature_mean: Tensor | None,
+    step: Tensor,
+    hyper: Hyperparameters,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """`head_step` with P = βI − KᵀK: beta 0-d and rows K (r, s), r < capacity, in place of the projection.
+
+    Returns the new weight, momentum_buffer, beta and rows. When there are `capacity` rows the step ends with
+    rank_compress to capacity // 2. `normalize` needs all of P: a ValueError.
+    """
+    if hyper.normalize:
+        raise ValueError("normalize: expected False with the rank form, got True")
+    absorbed = (beta, rows)
+    if feature_mean is not None:
+        absorbed = rank_update(beta, rows, feature_mean, hyper.alpha, hyper.forget)
+    P = absorbed if hyper.absorb == "before" else (beta, rows)
+    weight, momentum_buffer = _sgd(weight, rank_product(grad.to(rows.dtype), *P), momentum_buffer, step, hyper)
+    if len(absorbed[1]) == capacity:
+        absorbed = rank_compress(*absorbed, capacity // 2)
+    return weight, momentum_buffer, *absorbed
 
 
 def entropy_fusion(logits: Tensor, present: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,14 @@ P acts on the input side of a weight (C, s), so each rank can step the classes i
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, TypeGuard, cast
+
 from torch import Tensor, nn
+
+__all__ = ["check_sharding", "local_shards"]
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 def check_sharding(name: str, weight: Tensor) -> None:
@@ -21,13 +28,17 @@ def local_shards(weight: Tensor, grad: Tensor, momentum_buffer: Tensor | None) -
     """This rank's rows of each; plain tensors are returned as they are."""
     if not _is_sharded(weight):
         return weight, grad, momentum_buffer
-    shards = [None if t is None else t.to_local() for t in (weight, grad, momentum_buffer)]
-    if shards[0].numel() == 0:  # more ranks than classes: a row that nobody keeps, so that this rank absorbs too
-        shards = [None if t is None else t.new_zeros(1, t.shape[1]) for t in shards]
-    return tuple(shards)
+    return _shard(weight), _shard(grad), None if momentum_buffer is None else _shard(momentum_buffer)
 
 
-def _is_sharded(weight: Tensor) -> bool:
+def _shard(sharded: Tensor) -> Tensor:
+    shard = cast("DTensor", sharded).to_local()
+    if shard.numel() == 0:  # more ranks than classes: a row that nobody keeps, so that this rank absorbs too
+        return shard.new_zeros(1, shard.shape[1])
+    return shard
+
+
+def _is_sharded(weight: Tensor) -> TypeGuard[DTensor]:
     if type(weight) in (Tensor, nn.Parameter):
         return False
     from torch.distributed.tensor import DTensor  # takes a second, and most programs never need it

@@ -28,3 +28,12 @@ def default_device(request) -> str:
     """Each device in turn, as the one that new tensors and modules are made on."""
     with contextlib.nullcontext() if request.param == "cpu" else torch.device(request.param):
         yield request.param
+
+
+@pytest.fixture
+def one_thread():
+    """Threads cost more than they save on tiny networks."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -235,13 +235,13 @@ def test_weights_that_cannot_be_projected():
 
 def test_the_raw_ops_check_what_they_touch():
     step = torch.ops.mla_ext.head_step_
-    rest = (0.1, 0.0, 0.0, 0.0, False, False, 0.1, False, False, 0.0, None, None)
-    with pytest.raises(RuntimeError, match="projection: the shape does not fit"):
-        step(ones(2, 3), ones(2, 3), None, torch.eye(4), None, torch.zeros(()), *rest)
+    rest = (0.1, 0.0, 0.0, 0.0, False, False, 0.1, 0.0, False, False, None, None)
+    with pytest.raises(RuntimeError, match="base: the shape does not fit"):
+        step(ones(2, 3), ones(2, 3), None, torch.eye(4), *4 * (None,), torch.zeros(()), *rest)
     with pytest.raises(RuntimeError, match="grad: the shape does not fit"):
-        step(ones(2, 3), ones(3, 2), None, torch.eye(3), None, torch.zeros(()), *rest)
+        step(ones(2, 3), ones(3, 2), None, torch.eye(3), *4 * (None,), torch.zeros(()), *rest)
     with pytest.raises(RuntimeError, match="weight: expected a contiguous tensor"):
-        step(ones(3, 2).T, ones(2, 3), None, torch.eye(3), None, torch.zeros(()), *rest)
+        step(ones(3, 2).T, ones(2, 3), None, torch.eye(3), *4 * (None,), torch.zeros(()), *rest)
     with pytest.raises(RuntimeError, match="present: the dtype does not fit"):
         torch.ops.mla_ext.entropy_fusion(ones(2, 3, 4), ones(2, 3))
     with pytest.raises(RuntimeError, match="features: expected a non-empty"):

@@ -9,13 +9,7 @@ import torch
 from mla_ext.multimodal import cli, demo
 from mla_ext.multimodal.data import load_npz
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

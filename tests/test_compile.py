@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import batch, network, randn
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -23,17 +24,15 @@ def graphs():
     return counters["stats"]["unique_graphs"]
 
 
-def randn(*shape, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
-
-
-def head(dtype, *optional):
+def head(dtype, *optional, rows=None, count=None):
     """Arguments of head_step_; `optional` are grad_scale, found_inf and what follows them."""
     C, s = 3, 5
     like = {"dtype": torch.float64 if dtype == torch.float64 else torch.float32}
     weight, grad = randn(2, C, s, dtype=dtype)
     tensors = (weight, grad, torch.zeros(C, s, **like), torch.eye(s, **like), randn(s, **like), torch.zeros(()))
-    return (*tensors, 0.1, 0.9, 0.0, 0.01, False, False, 0.1, True, False, 0.0, *(optional or (None, None)))
+    W, G, M, P, h, step = tensors
+    numbers = (0.1, 0.9, 0.0, 0.01, False, False, 0.1, 0.0, True, False)
+    return (W, G, M, P, None, rows, count, h, step, *numbers, *(optional or (None, None)))
 
 
 OPS = torch.ops.mla_ext
@@ -48,11 +47,11 @@ SAMPLES = {
         OPS.head_step_,
         head(torch.float32, torch.ones(()), torch.zeros(()), torch.ones(()), torch.ones(())),
     ),
-    "head_step_pending": lambda: (
+    "head_step_deferred": lambda: (
         OPS.head_step_,
-        head(torch.float32, *4 * (None,), torch.zeros(4, 5), torch.tensor(0), randn(2, 5), randn(2, 3)),
+        head(torch.float32, rows=torch.zeros(4, 5), count=torch.tensor(0)),
     ),
-    "fold_": lambda: (OPS.fold_, (torch.eye(5), randn(4, 5), torch.tensor(3))),
+    "settle_": lambda: (OPS.settle_, (torch.eye(5), None, randn(4, 5), torch.tensor(3))),
     "entropy_fusion": lambda: (OPS.entropy_fusion, (randn(2, 3, 4), None)),
     "entropy_fusion_bf16": lambda: (
         OPS.entropy_fusion,
@@ -98,17 +97,11 @@ def test_entropy_fusion_compiles_without_a_graph_break():
         assert torch.equal(actual, expected)
 
 
-def network(lr, **options):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
+def attached(lr, **options):
+    model = network()
     optimizer = ProjectedSGD(model.parameters(), lr=lr, **options)
     optimizer.attach(model[2])
     return model, optimizer
-
-
-def batch(seed):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(4, 5, generator=generator), torch.randint(3, (4,), generator=generator)
 
 
 def backward(model, x, y):
@@ -134,8 +127,8 @@ OPTIONS = {
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_a_compiled_step_follows_the_scheduler_without_recompiling(options):
-    model, optimizer = network(torch.tensor(0.1), alpha=torch.tensor(0.1), **options)
-    shadow, eager = network(torch.tensor(0.1), alpha=torch.tensor(0.1), **options)
+    model, optimizer = attached(torch.tensor(0.1), alpha=torch.tensor(0.1), **options)
+    shadow, eager = attached(torch.tensor(0.1), alpha=torch.tensor(0.1), **options)
     step = torch.compile(optimizer.step, fullgraph=True, backend="inductor" if "momentum" in options else "aot_eager")
     schedulers = [torch.optim.lr_scheduler.ExponentialLR(opt, 0.5) for opt in (optimizer, eager)]
     compiled_graphs = []
@@ -162,7 +155,7 @@ def test_a_compiled_training_step_equals_the_eager_one_without_recompiling():
         opt.zero_grad()
         return loss
 
-    nets, optimizers = zip(*(network(torch.tensor(0.1), momentum=0.9) for _ in range(2)), strict=True)
+    nets, optimizers = zip(*(attached(torch.tensor(0.1), momentum=0.9) for _ in range(2)), strict=True)
     compiled = torch.compile(train_step)
     schedulers = [torch.optim.lr_scheduler.ExponentialLR(opt, 0.5) for opt in optimizers]
     seen = []
@@ -179,7 +172,7 @@ def test_a_compiled_training_step_equals_the_eager_one_without_recompiling():
 
 
 def test_the_forward_pass_that_records_features_is_one_graph():
-    model, optimizer = network(0.1)
+    model, optimizer = attached(0.1)
     compiled = torch.compile(lambda x, y: nn.functional.cross_entropy(model(x), y), fullgraph=True)
     for t in range(3):
         x, y = batch(t)

@@ -49,15 +49,6 @@ def data(save) -> MultimodalData:
     return load_npz(save(contents()))
 
 
-@pytest.fixture
-def one_thread():
-    """Threads cost more than they save on tiny networks."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def demo() -> MultimodalData:
     return digits()

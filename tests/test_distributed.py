@@ -6,10 +6,12 @@ import socket
 import subprocess
 import sys
 
+import helpers
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from helpers import network
 from torch import nn
 
 from mla_ext import ProjectedSGD
@@ -18,14 +20,8 @@ ROWS = 6
 SPLITS = {2: [slice(0, 4), slice(4, 6)], 3: [slice(0, 5), slice(5, 5), slice(5, 6)]}  # uneven; one rank with nothing
 
 
-def network(classes=3):
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, classes))
-
-
 def batch(t):
-    generator = torch.Generator().manual_seed(t)
-    return torch.randn(ROWS, 5, generator=generator), torch.randint(2, (ROWS,), generator=generator)
+    return helpers.batch(t, ROWS, classes=2)
 
 
 def make(model, head):
@@ -39,7 +35,7 @@ def loss_of(model, x, y):
 
 
 def single_process(classes=3):
-    model = network(classes)
+    model = network(classes=classes)
     optimizer = make(model, model[2])
     for t in range(4):
         optimizer.zero_grad()
@@ -107,7 +103,7 @@ def fsdp(rank, world, classes=3):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    model = network(classes)
+    model = network(classes=classes)
     mesh = init_device_mesh("cpu", (world,))
     fully_shard(model[2], mesh=mesh)
     fully_shard(model, mesh=mesh)

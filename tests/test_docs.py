@@ -1,5 +1,6 @@
 """What the README and the guides say is so: blocks run, commands and links exist, the site builds."""
 
+import html
 import importlib.util
 import itertools
 import re
@@ -11,10 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import mla_ext
+from mla_ext import backends
 from mla_ext.multimodal import cli
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+README = (ROOT / "README.md").read_text("utf-8")
 
 
 def blocks(language):
@@ -28,15 +32,11 @@ def blocks(language):
 PYTHON = blocks("python")
 
 
-def is_here(what):
-    return torch.cuda.is_available() if what == "cuda" else importlib.util.find_spec(what) is not None
-
-
 @pytest.mark.filterwarnings("ignore")  # other libraries' own
 @pytest.mark.parametrize("code", PYTHON)
 def test_blocks_run(code, tmp_path, monkeypatch):
     needs = re.match(r"# needs: (\w+)", code)
-    if needs and not is_here(needs[1]):
+    if needs and importlib.util.find_spec(needs[1]) is None:
         pytest.skip(f"no {needs[1]} here")
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
@@ -86,10 +86,81 @@ def test_a_command_that_does_not_exist_is_seen(line):
         check_command(line)
 
 
+def prose(text):
+    """A page without its blocks of code."""
+    return re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors(text):
+    """The names that links give to the headings of a page, as on GitHub."""
+    headings = re.findall(r"^#+ +(.+?) *$", prose(text), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def dead_links(page, text):
+    """Relative links of a page that lead to no file, or to no heading of one; and paths it names that do not exist."""
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose(text)):
+        if re.match(r"https?:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        if not target.exists() or (anchor and anchor not in anchors(target.read_text("utf-8") if path else text)):
+            yield link
+    for path in re.findall(r"`((?:benchmarks|csrc|docs|examples|mla_ext|tests)/[\w./]*)`", prose(text)):
+        if not (ROOT / path).exists():
+            yield path
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
-    links = re.findall(r"\]\((?!https?://)([^)#]*)(?:#[^)]*)?\)", page.read_text("utf-8"))
-    assert [link for link in links if not (page.parent / link).exists()] == []
+    assert list(dead_links(page, page.read_text("utf-8"))) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[a](docs/nowhere.md)",
+        "[a](docs/install.md#nowhere)",
+        "# One heading\n[a](#another)",
+        "```sh\n# a comment\n```\n[a](#a-comment)",
+        "![a](nowhere.png)",
+        "`tests/test_nothing.py`",
+    ],
+)
+def test_a_dead_link_is_seen(text):
+    assert len(list(dead_links(ROOT / "README.md", text))) == 1
+
+
+@pytest.mark.parametrize("text", ["# One `heading`, here\n[a](#one-heading-here)", "[a](docs/install.md#cuda)"])
+def test_a_link_to_a_heading_is_found(text):
+    assert list(dead_links(ROOT / "README.md", text)) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pages_are_in_plain_english(page):
+    """Phrases that readers whose first language is not English stumble over."""
+    stilted = r"(?:^|[.:] )Of\b|\bbut for\b|\bmend(?:s|ed)?\b|nothing else is to|\bis to be had\b"
+    assert re.findall(stilted, prose(page.read_text("utf-8")), flags=re.MULTILINE) == []
+
+
+def test_the_guide_lists_every_function_of_a_backend():
+    page = (ROOT / "docs" / "backends.md").read_text("utf-8")
+    functions = [
+        name for name in vars(backends.Backend) if not name.startswith("_") and name not in ("name", "preference")
+    ]
+    assert len(functions) >= 6 and [name for name in functions if f"`{name}(" not in page] == []
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "mla_ext").glob("[!_]*.py")), ids=lambda path: path.name)
+def test_public_modules_say_what_is_public(path):
+    assert "\n__all__ = [" in path.read_text("utf-8")
+
+
+def test_the_citations_name_this_version():
+    citation = (ROOT / "CITATION.cff").read_text("utf-8")
+    assert f"\nversion: {mla_ext.__version__}\n" in citation
+    assert f"version = {{{mla_ext.__version__}}}" in README
+    assert "2311.10707" in citation and "2311.10707" in README
 
 
 def test_the_site_builds_without_a_warning(tmp_path):
@@ -97,14 +168,25 @@ def test_the_site_builds_without_a_warning(tmp_path):
     command = [sys.executable, "-W", "ignore", "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "gradient projected" in (tmp_path / "index.html").read_text("utf-8")
+    assert "gradient is projected" in (tmp_path / "index.html").read_text("utf-8")
     reference = (tmp_path / "api" / "index.html").read_text("utf-8")
-    assert all(f'id="mla_ext.{name}"' in reference for name in ("optimizer.ProjectedSGD", "training.fit"))
+    functions = [name for name in mla_ext.__all__ if not name.startswith("__")]
+    assert [name for name in functions if f'id="mla_ext.{name}"' not in reference] == []
+    site = html.unescape("".join(page.read_text("utf-8") for page in tmp_path.rglob("*.html")))
+    code = {path.name: path.read_text("utf-8").strip() for path in (ROOT / "examples").glob("*.py")}
+    assert code and [name for name in code if code[name] not in site] == []
 
 
-def test_the_drop_in_example_has_ten_lines():
-    first = PYTHON[0].values[0]
-    assert "ProjectedSGD" in first and len([line for line in first.splitlines() if line]) <= 10
+def test_the_drop_in_example_has_eight_lines():
+    first = re.search(r"```python\n(.*?)```", README, flags=re.DOTALL)[1]
+    assert "attach" in first and len([line for line in first.splitlines() if line]) <= 8
+
+
+def test_the_first_screen_says_what_it_is():
+    """What it is, what it is not, how to install and use it, what it gives: before the first heading."""
+    screen = README.partition("\n## ")[0]
+    assert all(part in screen for part in ("ProjectedSGD", "multi-head latent attention", "pip install", "| method |"))
+    assert len(screen.splitlines()) <= 60
 
 
 def test_the_table_of_features_names_tests_that_exist():

@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from helpers import batch, train
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.utils.checkpoint import checkpoint
@@ -36,21 +37,6 @@ def make(model=None, /, **options):
     optimizer = ProjectedSGD(model.parameters(), **({"lr": 0.1, "momentum": 0.9, "alpha": 0.01} | options))
     optimizer.attach(model.head)
     return model, optimizer
-
-
-def batch(t, device=None):
-    generator, device = torch.Generator("cpu").manual_seed(t), device or torch.get_default_device()
-    x = torch.randn(4, 5, generator=generator, device="cpu")
-    return x.to(device), torch.randint(3, (4,), generator=generator, device="cpu").to(device)
-
-
-def train(model, optimizer, steps, first=0, forward=None):
-    forward, device = forward if forward is not None else model, next(model.parameters()).device
-    for t in range(first, first + steps):
-        x, y = batch(t, device)
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(forward(x), y).backward()
-        optimizer.step()
 
 
 def assert_same(ours, theirs, exact=True):
@@ -127,7 +113,7 @@ def test_a_model_converted_in_mid_run():
     train(model, optimizer, 2)
     model.double()
     for param in model.parameters():  # torch.optim.SGD's buffers do not follow their parameters either
-        if "projection" not in optimizer.state[param]:
+        if "base" not in optimizer.state[param]:
             optimizer.state[param]["momentum_buffer"] = optimizer.state[param]["momentum_buffer"].double()
     P = optimizer.projection(model.head.weight)
     x, y = batch(2)

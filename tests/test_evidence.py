@@ -14,8 +14,8 @@ from torch import nn
 from benchmarks.evidence import __main__ as command
 from benchmarks.evidence import experiments, measures, report, runs
 from benchmarks.evidence.methods import METHODS, MMIN, OGMGE, QMF, FiLM, Setting, Sum, confidence, rank_loss
-from benchmarks.evidence.released import project_as_released
 from benchmarks.evidence.runs import Results, Run, execute
+from benchmarks.released import project_as_released
 from benchmarks.speed import baselines
 from mla_ext import ConcatModel, MultimodalData, ProjectedSGD, fit, load_npz
 from mla_ext.multimodal.model import Step
@@ -235,7 +235,7 @@ def test_the_released_projection_runs_as_written():
     assert not torch.allclose(P, P.t())  # which is why it is no projection
     state = baselines.make_state(3, 5, "cpu")
     baselines.released(state)
-    torch.testing.assert_close(state.projection, baselines.released_update(torch.eye(5), state.feature_mean, 0.1))
+    torch.testing.assert_close(state.projection.base, baselines.released_update(torch.eye(5), state.feature_mean, 0.1))
 
 
 # ---- The protocol ----------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from helpers import randn
 from parity import assert_as_accurate
 
 from mla_ext import backends, ops, reference
@@ -24,14 +25,6 @@ OPTIONS = {
 }
 
 pytestmark = pytest.mark.parametrize(("device", "backend"), CASES)
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def randn(*shape, dtype, device, seed=0):
-    return torch.randn(*shape, generator=generator(seed), dtype=torch.float64).to(device, dtype)
 
 
 @dataclasses.dataclass
@@ -226,7 +219,7 @@ def test_an_indefinite_projection_is_mended(device, backend):
 @pytest.mark.parametrize("missing", [False, True])
 def test_entropy_fusion(device, backend, dtype, M, N, C, missing):
     logits = 5 * randn(M, N, C, dtype=dtype, device=device)
-    present = (torch.rand(M, N, generator=generator(1)) > 0.4).to(device) if missing else None
+    present = (torch.rand(M, N, generator=torch.Generator().manual_seed(1)) > 0.4).to(device) if missing else None
     fused, weights = ops.entropy_fusion(logits, present, backend=backend)
     plain_fused, plain_weights = reference.entropy_fusion(logits, present)
     true_fused, true_weights = reference.entropy_fusion(logits.double(), present)

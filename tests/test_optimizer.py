@@ -8,6 +8,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from helpers import batch, network, train
 from torch import nn
 
 from mla_ext import ProjectedSGD, reference
@@ -22,28 +23,6 @@ SGD_OPTIONS = [
     {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
     {"weight_decay": 0.1, "maximize": True},
 ]
-
-
-def network(seed=0, dtype=torch.float32):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3)).to(dtype)
-
-
-def batch(seed, n=4, dtype=torch.float32):
-    generator, device = torch.Generator("cpu").manual_seed(seed), torch.get_default_device()
-    x = torch.randn(n, 5, generator=generator, device="cpu")
-    y = torch.randint(3, (n,), generator=generator, device="cpu")
-    return x.to(device, dtype), y.to(device)
-
-
-def train(model, optimizer, steps, scheduler=None, first=0):
-    for t in range(first, first + steps):
-        x, y = batch(t)
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x), y).backward()
-        optimizer.step()
-        if scheduler:
-            scheduler.step()
 
 
 def assert_same_bits(model, other):
@@ -285,7 +264,7 @@ def test_state_dict_continues_to_the_bit(dtype):
     other.load_state_dict(optimizer_state)
     accumulate = reference.accumulate_dtype(dtype)
     state = other.state[resumed[2].weight]
-    assert state["projection"].dtype == state["momentum_buffer"].dtype == accumulate
+    assert state["base"].dtype == state["momentum_buffer"].dtype == accumulate
     run(resumed, other, 5, 5)
     assert_same_bits(straight, resumed)
     assert torch.equal(optimizer.projection(straight[2].weight), other.projection(resumed[2].weight))
@@ -551,7 +530,7 @@ def test_a_one_element_tensor_lr_loads_and_keeps_its_place():
 def test_a_projection_of_another_width_is_refused_before_anything_is_loaded():
     _, optimizer, _ = attached()
     saved = copy.deepcopy(optimizer.state_dict())
-    saved["state"][2]["projection"] = torch.eye(6)
+    saved["state"][2] = {"projection": torch.eye(6)}
     saved["param_groups"][0]["lr"] = 0.5
     with pytest.raises(ValueError, match=r"state_dict: expected a projection for a \(3, 8\) .* got a \(6, 6\)"):
         optimizer.load_state_dict(saved)

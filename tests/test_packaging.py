@@ -4,7 +4,6 @@ import email
 import json
 import os
 import shutil
-import subprocess
 import sys
 import sysconfig
 import tarfile
@@ -13,18 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import run
 
 import mla_ext
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def run(*command, cwd=None, **environment):
-    """Runs a command without what the caller's environment may say about Python and this package."""
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("MLA_EXT_", "PYTHON"))}
-    return subprocess.run(
-        list(map(str, command)), env={**inherited, **environment}, cwd=cwd, capture_output=True, text=True
-    )
 
 
 def python(code, *path):

@@ -18,15 +18,9 @@ from mla_ext.multimodal.model import ConcatModel, Logits, MultimodalModel, Share
 from mla_ext.multimodal.recipe import Settings, build
 from mla_ext.optimizer import ProjectedSGD
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SHAPES = {"audio": (4, 3), "image": (6,), "text": (5,)}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make_data(samples=60, classes=4, missing=True):

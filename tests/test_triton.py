@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import helpers
 import pytest
 import torch
 
@@ -35,11 +36,8 @@ TARGETS = {
 
 def run(*command, path=INSTALLED, **environment):
     """Runs Python with the mla_ext in `path`."""
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("MLA_EXT_", "PYTHON", "TRITON_"))}
     environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(path), str(TESTS)]), **environment}
-    return subprocess.run(
-        [sys.executable, *command], env=inherited | environment, cwd=TESTS, capture_output=True, text=True
-    )
+    return helpers.run(sys.executable, *command, cwd=TESTS, **environment)
 
 
 # The interpreter takes a millisecond for each operation of each program: small sizes, but of several programs each.
@@ -310,7 +308,7 @@ def test_a_step_is_two_launches_and_one_more_to_normalize(absorb, normalize, for
 def test_the_table_of_accuracies_has_every_operation_and_dtype():
     from benchmarks.stress import parity_table
 
-    page = (TESTS.parent / "docs" / "parity.md").read_text(encoding="utf-8")
+    page = (TESTS.parent / "docs" / "dev" / "parity.md").read_text(encoding="utf-8")
     rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
     assert rows[0][2:] == ["cpu", "triton", "reference"]
     wanted = [[name, str(dtype)[6:]] for name, (_, dtypes) in parity_table.OPERATIONS.items() for dtype in dtypes]

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .. import RESULTS
 from .experiments import EXPERIMENTS, Evidence, everything
 from .runs import EPOCHS, Results, load, workers
 
@@ -25,8 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--epochs", type=int, default=EPOCHS, help=f"of every run (default {EPOCHS})")
     parser.add_argument("--workers", type=int, default=workers(), help="runs at a time (default: one a core)")
     parser.add_argument("--runs", type=Path, default=Path("runs/evidence.jsonl"), help="where results are kept")
-    default_out = Path(__file__).parents[1] / "results" / "evidence"
-    parser.add_argument("--out", type=Path, default=default_out, help="directory for tables and pictures")
+    parser.add_argument("--out", type=Path, default=RESULTS / "evidence", help="directory for tables and pictures")
     arguments = parser.parse_args(argv)
     for name, least in (("seeds", 2), ("epochs", 1), ("workers", 1)):
         if getattr(arguments, name) < least:

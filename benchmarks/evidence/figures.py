@@ -5,36 +5,13 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from mla_ext.multimodal import checkpoint
-
+from ..plots import COLORS, MUTED, STRONG, canvas, save
 from .measures import unit_features
 from .methods import METHODS
 from .runs import Run, load, trained
-
-COLORS = ("#2a6f97", "#d1495b", "#66a182", "#edae49", "#6d597a", "#8d99ae")
-MUTED, STRONG = "#a8b3bd", "#1d1d1f"
-
-
-def canvas(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
-    """A figure and its axes (rows, columns), each of `width` × `height` inches."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for ax in axes.flat:
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(color="#e3e6e8", linewidth=0.8)
-        ax.set_axisbelow(True)
-    return figure, axes
-
-
-def save(figure: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=110))
 
 
 def mean_and_std(values: Sequence[float | None]) -> tuple[float, float]:

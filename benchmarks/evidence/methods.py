@@ -18,7 +18,7 @@ from mla_ext import ConcatModel, MultimodalData, ProjectedSGD, SharedHeadModel, 
 from mla_ext.multimodal.encoders import build_encoder
 from mla_ext.multimodal.model import JointModel, Logits, MultimodalModel, Step
 
-from .released import project_as_released
+from ..released import project_as_released
 
 MOMENTUM = 0.9
 ALPHA = 0.1  # of the rows that do not choose it

@@ -15,7 +15,6 @@ Writes a Markdown table and a picture to benchmarks/results/.
 from __future__ import annotations
 
 import argparse
-import datetime
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +26,9 @@ import mla_ext
 from mla_ext.multimodal.model import MultimodalModel
 from mla_ext.multimodal.recipe import Settings, build
 
-from ..speed.timing import machine
+from .. import RESULTS
+from ..machine import machine
+from ..plots import canvas, save
 
 CURVE = [("plain SGD", None, 0.0)]
 CURVE += [(f"forget {forget:g}", 0.1, forget) for forget in (0.3, 0.1, 0.03, 0.01, 1e-3, 0.0)]
@@ -70,10 +71,7 @@ def run(data: mla_ext.MultimodalData, alpha: float | None, forget: float, epochs
 
 
 def draw(rows: list[tuple[str, float, float, float, float]], path: Path, title: str) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
+    figure, ((axes,),) = canvas(1, 1, 7, 4.5)
     points = axes.scatter(
         [r[2] for r in rows], [r[1] for r in rows], c=[100 * r[3] for r in rows], cmap="viridis", s=70
     )
@@ -83,7 +81,7 @@ def draw(rows: list[tuple[str, float, float, float, float]], path: Path, title: 
     axes.set(xscale="log", yscale="log")
     axes.margins(0.2)
     figure.colorbar(points, label="fused validation accuracy, %")
-    figure.savefig(path, dpi=150)
+    save(figure, path)
 
 
 def main() -> None:
@@ -91,7 +89,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="an .npz; without it the built-in digits")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     data = (mla_ext.load_npz(arguments.data) if arguments.data else mla_ext.digits()).standardized()
     rows = []
@@ -103,7 +101,7 @@ def main() -> None:
     source = arguments.data.stem if arguments.data else "digits"
     title = f"{source}, {arguments.epochs} epochs, {arguments.seeds} seeds"
     lines = [
-        f"Protection against plasticity: {title}. {machine('cpu')}, {datetime.date.today()}.",
+        f"Protection against plasticity: {title}. {machine('cpu')}.",
         "",
         "| setting | plasticity | interference | fused validation accuracy, % |",
         "|---|---|---|---|",

@@ -10,7 +10,6 @@ split. Writes a Markdown table to benchmarks/results/.
 from __future__ import annotations
 
 import argparse
-import datetime
 import statistics
 import tempfile
 from dataclasses import replace
@@ -20,7 +19,8 @@ import mla_ext
 from mla_ext.multimodal import checkpoint
 from mla_ext.multimodal.recipe import Settings, build
 
-from ..speed.timing import machine
+from .. import RESULTS
+from ..machine import machine
 
 METHODS = {"concat": {}, "alternating": {}, "mla, alpha 1": {"alpha": 1.0}, "mla, alpha 0.1": {}}
 METHODS["mla, alpha 0.01"] = {"alpha": 0.01}
@@ -41,13 +41,13 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="an .npz; without it the built-in digits")
     parser.add_argument("--epochs", type=int, default=Settings().epochs)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     data = (mla_ext.load_npz(arguments.data) if arguments.data else mla_ext.digits()).standardized()
     source = arguments.data.stem if arguments.data else "digits"
     lines = [
         f"Fused test accuracy on {source}, %, {arguments.epochs} epochs, mean ± std over {arguments.seeds} seeds; "
-        f"settings of `mla-ext train`. {machine('cpu')}, {datetime.date.today()}.",
+        f"settings of `mla-ext train`. {machine('cpu')}.",
         "",
         "| method | best epoch by validation | last epoch |",
         "|---|---|---|",

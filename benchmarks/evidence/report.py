@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import datetime
 import io
 import statistics
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from pathlib import Path
 
 from mla_ext.multimodal import checkpoint
 
-from ..speed.timing import machine
+from ..machine import machine
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Table:
 
 def write(stem: Path, heading: str, text: str, tables: Sequence[Table]) -> None:
     """`stem`.md with all of it, and `stem`.csv with the rows of the tables, each after the title of its table."""
-    made = f"{machine('cpu')}, {datetime.date.today()}."
+    made = f"{machine('cpu')}."
     page = "\n\n".join([f"# {heading}", " ".join(text.split()), made, *(table.markdown() for table in tables)])
     stem.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.write_text(stem.with_suffix(".md"), page + "\n")

@@ -2,72 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from mla_ext.ops import Projection
 from mla_ext.reference import accumulate_dtype
+
+from ..released import released_update
 
 LR, MOMENTUM, ALPHA = 1e-3, 0.9, 0.1
 
 
 @dataclass
 class State:
-    """Of one head, all on one device; the gradient is delta.T @ features, and feature_mean that of features."""
+    """What one head's step reads and changes, all on one device."""
 
     weight: Tensor  # (C, s)
     grad: Tensor  # (C, s), in the dtype of weight
-    momentum_buffer: Tensor  # (C, s), in the accumulate dtype, as all that follow but features and delta
-    projection: Tensor  # (s, s)
+    momentum_buffer: Tensor  # (C, s), in the accumulate dtype, as P and feature_mean
+    projection: Projection  # P (s, s)
     feature_mean: Tensor  # (s,)
     step: Tensor
-    features: Tensor  # (N, s), in the dtype of weight
-    delta: Tensor  # (N, C), in the dtype of weight
 
-    def clone(self) -> State:
-        """Another head at the same point; what no step changes is shared."""
-        changed = ("weight", "momentum_buffer", "projection", "step")
-        return State(**{name: value.clone() if name in changed else value for name, value in vars(self).items()})
+    @property
+    def nbytes(self) -> int:
+        P = self.projection
+        own = (self.weight, self.grad, self.momentum_buffer, self.feature_mean, P.base, P.rows)
+        return sum(tensor.nbytes for tensor in own if tensor is not None)
 
-    def copy_(self, other: State) -> None:
-        for name, value in vars(self).items():
-            value.copy_(getattr(other, name))
+    def restart_(self) -> None:
+        """Back to the start, in place, as CUDA graphs want it."""
+        self.weight.copy_(make_weight(*self.weight.shape))
+        self.momentum_buffer.zero_()
+        self.projection.reset_()
+        self.step.zero_()
 
 
-def make_state(C: int, s: int, device: str, dtype: torch.dtype = torch.float32, N: int = 64) -> State:
-    generator = torch.Generator().manual_seed(0)
+def make_weight(C: int, s: int) -> Tensor:
+    return torch.rand(C, s, generator=torch.Generator().manual_seed(0))
 
-    def rand(*shape: int) -> Tensor:
-        return torch.rand(*shape, generator=generator).to(device, dtype)
 
-    features, delta = rand(N, s), (rand(N, C) - 0.5) / N
+def make_state(
+    C: int, s: int, device: str, dtype: torch.dtype = torch.float32, rank: int | None = None, deferred: int = 0
+) -> State:
+    """Every time the same. P is the identity: in the rank form with `rank` rows, or dense with `deferred` rows."""
+    generator = torch.Generator().manual_seed(1)
     accumulate = {"dtype": accumulate_dtype(dtype), "device": device}
     return State(
-        weight=rand(C, s),
-        grad=delta.T @ features,
+        weight=make_weight(C, s).to(device, dtype),
+        grad=(10 * (torch.rand(C, s, generator=generator) - 0.5)).to(device, dtype),  # a step shows in bfloat16 too
         momentum_buffer=torch.zeros(C, s, **accumulate),
-        projection=torch.eye(s, **accumulate),
-        feature_mean=features.to(accumulate["dtype"]).mean(0),
+        projection=Projection.identity(s, rank, deferred, **accumulate),
+        feature_mean=torch.rand(s, generator=generator).to(**accumulate),
         step=torch.zeros((), device=device),
-        features=features,
-        delta=delta,
     )
-
-
-def released_update(P: Tensor, feature_mean: Tensor, alpha: float) -> Tensor:
-    """The update of P (s, s) in the authors' released code, were it reached: its denominator is an s×s matrix."""
-    r = feature_mean.unsqueeze(0)
-    k = P @ r.t()
-    P = P - (k @ k.t()) / (alpha + k @ r)
-    return P / torch.linalg.matrix_norm(P)
 
 
 def released(state: State) -> None:
     """The operations of the released code one by one. Its numbers are its own: see `released_update`."""
-    state.projection = released_update(state.projection, state.feature_mean, ALPHA)
-    grad = state.grad.to(state.projection.dtype) @ state.projection.t()
+    P = released_update(state.projection.base, state.feature_mean, ALPHA)
+    state.projection.base = P
+    grad = state.grad.to(P.dtype) @ P.t()
     state.momentum_buffer.mul_(MOMENTUM).add_(grad)
     state.weight.add_(state.momentum_buffer, alpha=-LR)
 
@@ -83,7 +82,7 @@ def project_and_absorb(grad: Tensor, feature_mean: Tensor, P: Tensor) -> Tensor:
 
 def best(state: State) -> None:
     """The best plain PyTorch for the same mathematics as ours."""
-    projected = project_and_absorb(state.grad, state.feature_mean, state.projection)
+    projected = project_and_absorb(state.grad, state.feature_mean, state.projection.base)
     state.momentum_buffer.mul_(MOMENTUM).add_(projected)
     state.weight.add_(state.momentum_buffer, alpha=-LR)
 
@@ -111,8 +110,32 @@ class PlainProjection:
     def _record(self, head: nn.Module, args: tuple[Tensor, ...]) -> None:
         self.feature_mean = args[0].detach().mean(0)
 
+    def projected(self) -> Tensor:
+        return project_and_absorb(self.weight.grad, self.feature_mean, self.P)
+
     def __call__(self) -> None:
-        self.weight.grad = project_and_absorb(self.weight.grad, self.feature_mean, self.P)
+        self.weight.grad = self.projected()
+
+
+class PlainProjectedSGD(Optimizer):
+    """The method as a user would write it in plain PyTorch: SGD by hand, one head's gradient projected before it."""
+
+    def __init__(self, params: Iterable[Tensor], head: nn.Linear, lr: float, momentum: float, weight_decay: float):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.projection = PlainProjection(head)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for param in group["params"]:
+                grad = self.projection.projected() if param is self.projection.weight else param.grad
+                grad = grad.add(param, alpha=group["weight_decay"])
+                state = self.state[param]
+                if "momentum_buffer" in state:
+                    state["momentum_buffer"].mul_(group["momentum"]).add_(grad)
+                else:
+                    state["momentum_buffer"] = grad.clone()
+                param.add_(state["momentum_buffer"], alpha=-group["lr"])
 
 
 def graphed(call: Callable[[], object]) -> Callable[[], None]:

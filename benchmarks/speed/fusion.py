@@ -51,9 +51,9 @@ def measure(N: int, C: int, M: int, device: str, dtype: torch.dtype, seconds: fl
 
 
 def main() -> None:
-    parsed = arguments(__doc__)
+    parsed = arguments(__doc__, GRID, QUICK)
     rows = []
-    for N, C, M in QUICK if parsed.quick else GRID:
+    for N, C, M in parsed.sizes:
         rows.append(measure(N, C, M, parsed.device, parsed.dtype, parsed.seconds))
         print(rows[-1].title, rows[-1].skipped or "", flush=True)
     about = """Entropy fusion of logits (M, N, C), all modalities present; median (p20–p80) of interleaved calls.

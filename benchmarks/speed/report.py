@@ -5,21 +5,25 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
-import datetime
 import importlib.util
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import mla_ext
 from mla_ext.multimodal import checkpoint
 
-from .timing import Timing, machine
+from .. import RESULTS, plots
+from ..machine import machine
+from .timing import Timing
 
+Sizes = tuple[int | str, ...]
+DTYPES = ("float32", "float64", "bfloat16", "float16")
 OURS = "mla_ext"  # what the names of our candidates begin with
 
 
@@ -45,7 +49,7 @@ class Floor:
 class Row:
     """One problem: its sizes, what was timed and what was not. Without any timing the row itself was skipped."""
 
-    sizes: dict[str, int]
+    sizes: dict[str, int | str]
     timings: dict[str, Timing] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)  # name or "all" -> reason
     floor: Floor | None = None
@@ -71,44 +75,70 @@ class Row:
         return None if self.ours is None or self.floor is None else self.timings[self.ours].median / self.floor.ms
 
 
-def arguments(description: str) -> argparse.Namespace:
+Draw = Callable[[Sequence[Row], Sequence[str]], Any]
+
+
+def arguments(
+    description: str, grid: Sequence[Sizes], quick: Sequence[Sizes], dtypes: Sequence[str] = DTYPES
+) -> argparse.Namespace:
+    """The options of every benchmark. `sizes`: what --only names of `grid`; else `quick` or all, as --quick says."""
+    names = {",".join(map(str, sizes)): sizes for sizes in grid}
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few sizes, little time for each")
+    parser.add_argument("--only", nargs="+", choices=names, metavar="SIZES", help="these only: " + " ".join(names))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "float64", "bfloat16", "float16"))
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--dtype", default="float32", choices=dtypes)
+    parser.add_argument("--out", type=Path, default=RESULTS)
     parsed = parser.parse_args()
+    parsed.sizes = [names[name] for name in parsed.only] if parsed.only else quick if parsed.quick else grid
     parsed.dtype = getattr(torch, parsed.dtype)
     parsed.seconds = 2.0 if parsed.quick or parsed.device == "cuda" else 4.0  # for the timing of a row
     return parsed
 
 
-def write(name: str, about: str, rows: Sequence[Row], baselines: Sequence[str], parsed: argparse.Namespace) -> None:
-    """`name`_<device>.md, .csv, .json and .png; the Markdown is printed. Dtypes but float32 are in the name."""
+def write(
+    name: str,
+    about: str,
+    rows: Sequence[Row],
+    baselines: Sequence[str],
+    parsed: argparse.Namespace,
+    draw: Draw | None = None,
+) -> None:
+    """`name`_<device>.md, .csv, .json and .png; the Markdown is printed. Dtypes other than float32 are in the name.
+
+    draw(rows with timings, baselines) makes the picture's figure; without it: `scaling`.
+    """
     dtype = str(parsed.dtype).removeprefix("torch.")
     stem = parsed.out / "_".join([name, parsed.device, *([] if dtype == "float32" else [dtype])])
     made = (
-        f"{dtype}. {machine(parsed.device)}, mla_ext {mla_ext.__version__}, "
-        f"kernels {mla_ext.build_info()['cpu_isa']}, {datetime.date.today()}."
+        f"{dtype}. {machine(parsed.device)}, mla_ext {mla_ext.__version__}, kernels {mla_ext.build_info()['cpu_isa']}."
     )
-    names = list(dict.fromkeys(name for row in rows for name in row.timings))
+    names = candidates(rows)
     page = "\n\n".join([" ".join(about.split()) + " " + made, *_tables(rows, names, baselines)]) + "\n"
     parsed.out.mkdir(parents=True, exist_ok=True)
     checkpoint.write_text(stem.with_suffix(".md"), page)
     checkpoint.write_text(stem.with_suffix(".csv"), _csv(rows))
     content = {"about": made, "rows": [dataclasses.asdict(row) for row in rows]}
     checkpoint.write_text(stem.with_suffix(".json"), json.dumps(content, indent=1) + "\n")
-    if importlib.util.find_spec("matplotlib"):
-        _plot([row for row in rows if row.timings], names, baselines, stem.with_suffix(".png"))
-    else:
+    timed = [row for row in rows if row.timings]
+    if timed and importlib.util.find_spec("matplotlib"):
+        plots.save((draw or scaling)(timed, baselines), stem.with_suffix(".png"))
+    elif timed:
         print("no plots: matplotlib is not installed")
     print(page)
+
+
+def candidates(rows: Sequence[Row]) -> list[str]:
+    """The names of all that was timed in any row."""
+    return list(dict.fromkeys(name for row in rows for name in row.timings))
 
 
 def _tables(rows: Sequence[Row], names: Sequence[str], baselines: Sequence[str]) -> list[str]:
     measured = [row for row in rows if row.timings]
     sizes = list(measured[0].sizes) if measured else []
     number = "{:.2f}".format
+    floor = ["ours ÷ floor", "floor, ms", "MB", "GFLOP", "GB/s, ours of measured"]
+    has_floor = any(row.floor for row in measured)
     times, ratios, memory = [], [], []
     for row in measured:
         start = list(row.sizes.values())
@@ -123,13 +153,15 @@ def _tables(rows: Sequence[Row], names: Sequence[str], baselines: Sequence[str])
                 f"{row.floor.flop / 1e9:.4g}",
                 reached if reached == "-" else f"{reached:.1f} of {row.floor.bytes_per_second / 1e9:.1f}",
             ]
+        elif has_floor:
+            ratio += ["-"] * len(floor)
         ratios.append(start + ratio)
         memory.append(start + [f"{row.memory[name] / 2**20:.4g}" if name in row.memory else "-" for name in names])
-    floor = ["ours ÷ floor", "floor, ms", "MB", "GFLOP", "GB/s, ours of measured"]
-    columns = [*sizes, "ours", *(f"÷ {b}" for b in baselines), *(floor if any(row.floor for row in measured) else [])]
+    columns = [*sizes, "ours", *(f"÷ {b}" for b in baselines), *(floor if has_floor else [])]
+    heading = "Baselines ÷ the fastest of ours" + (", and ours ÷ the floor" if has_floor else "")
     tables = [
         _table([*sizes, *(f"{name}, ms" for name in names)], times),
-        "Baselines ÷ the fastest of ours, and ours ÷ the floor:\n\n" + _table(columns, ratios),
+        f"{heading}:\n\n" + _table(columns, ratios),
     ]
     if any(row.memory for row in measured):
         tables.append(
@@ -164,32 +196,28 @@ def _csv(rows: Sequence[Row]) -> str:
     return file.getvalue()
 
 
-def _plot(rows: Sequence[Row], names: Sequence[str], baselines: Sequence[str], path: Path) -> None:
+def scaling(rows: Sequence[Row], baselines: Sequence[str]) -> Any:
     """A column for each group of rows that differ in their first size only: scaling, roofline, speed-up."""
-    from ..evidence.figures import COLORS, MUTED, STRONG, canvas, save
-
+    names = candidates(rows)
     groups: dict[str, list[Row]] = {}
     for row in rows:
         _, *rest = row.sizes.items()
         groups.setdefault(", ".join(f"{name}={value}" for name, value in rest), []).append(row)
     has_floor = any(row.floor for row in rows)
-    figure, axes = canvas(3 if has_floor else 2, len(groups), 4.0, 3.0)
-    colors = dict(zip([*(n for n in names if n.startswith(OURS)), *baselines], COLORS, strict=False))
+    figure, axes = plots.canvas(3 if has_floor else 2, len(groups), 4.0, 3.0)
+    colors = dict(zip([*baselines, *(n for n in names if n.startswith(OURS))], plots.COLORS, strict=False))
     for column, (title, group) in zip(axes.T, groups.items(), strict=True):
         size = next(iter(group[0].sizes))
         for name in names:
             points = [(row.sizes[size], row.timings[name].median) for row in group if name in row.timings]
-            column[0].plot(*zip(*points, strict=True), "o-", markersize=3, color=colors.get(name, MUTED), label=name)
+            plots.line(column[0], points, color=colors.get(name, plots.MUTED), label=name)
         column[0].set(title=title, xscale="log", yscale="log", xlabel=size, ylabel="ms per step")
         compared = [row for row in group if row.ours]
-        ticks = range(len(compared))
-        for offset, baseline in enumerate(baselines):
-            heights = [row.speedup(baseline) or 0 for row in compared]
-            column[-1].bar([x + 0.27 * offset for x in ticks], heights, 0.27, color=colors[baseline], label=baseline)
-        column[-1].axhline(1, color=STRONG, linewidth=0.8)
-        column[-1].set(xticks=ticks, xlabel=size, ylabel="baseline ÷ ours", yscale="log")
-        column[-1].set_xticklabels([row.sizes[size] for row in compared])
-        if not has_floor:
+        heights = {baseline: [row.speedup(baseline) or 0 for row in compared] for baseline in baselines}
+        plots.ratios(column[-1], [row.sizes[size] for row in compared], heights, colors)
+        column[-1].set(xlabel=size, ylabel="baseline ÷ ours", yscale="log")
+        group = [row for row in group if row.floor]
+        if not group:
             continue
         for name in (n for n in names if n in colors):
             points = [
@@ -197,13 +225,30 @@ def _plot(rows: Sequence[Row], names: Sequence[str], baselines: Sequence[str], p
                 for row in group
                 if name in row.timings
             ]
-            column[1].plot(*zip(*points, strict=True), "o-", markersize=3, color=colors[name])
+            plots.line(column[1], points, color=colors[name])
         roof = [(row.floor.bytes, row.floor.bytes / row.floor.ms / 1e6) for row in group]
-        column[1].plot(*zip(*roof, strict=True), ":", color=STRONG, label="floor")
+        column[1].plot(*zip(*roof, strict=True), ":", color=plots.STRONG, label="floor")
         column[1].set(xscale="log", yscale="log", xlabel="bytes of the model", ylabel="GB/s of the model's bytes")
         column[1].legend(fontsize=7, frameon=False)
     for ax in (axes[0][0], axes[-1][0]):
         ax.legend(fontsize=7, frameon=False)
     for ax in axes.flat:
         ax.xaxis.set_minor_formatter("")
-    save(figure, path)
+    return figure
+
+
+def bars(rows: Sequence[Row], baselines: Sequence[str]) -> Any:
+    """A panel for each value of the first size, with each baseline's time over that of ours."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(str(next(iter(row.sizes.values()))), []).append(row)
+    figure, axes = plots.canvas(len(groups), 1, 11, 3.2)
+    colors = dict(zip(baselines, plots.COLORS, strict=False))
+    for ax, (title, group) in zip(axes.flat, groups.items(), strict=True):
+        labels = [", ".join(map(str, list(row.sizes.values())[1:])) for row in group]
+        compared = [name for name in baselines if any(name in row.timings for row in group)]
+        heights = {name: [row.speedup(name) or 0 for row in group] for name in compared}
+        plots.ratios(ax, labels, heights, colors)
+        ax.set(title=title, ylabel="baseline ÷ ours")
+        ax.legend(fontsize=7, frameon=False)
+    return figure

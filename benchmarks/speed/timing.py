@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -19,11 +18,13 @@ ROUNDS = 7  # at least, after one that does not count
 class Candidate:
     """`call` makes one step. What it puts off is paid within `steps` of them: only whole cycles of so many count.
 
-    Single steps take turns with the other candidates', so that all meet the same caches.
+    Single steps take turns with the other candidates', so that all meet the same caches. `before` runs ahead of each
+    call and is not timed.
     """
 
     call: Callable[[], object]
     steps: int = 1
+    before: Callable[[], object] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,12 @@ def _summary(samples: list[float], steps: int) -> Timing:
     # A cycle begins anywhere: any so many steps in a row hold all that one puts off.
     cycles = range(0, len(samples) - steps + 1, steps)
     values = [statistics.fmean(samples[i : i + steps]) for i in cycles]
-    p20, *_, p80 = statistics.quantiles(values, n=5)
+    p20, *_, p80 = statistics.quantiles(values, n=5, method="inclusive")  # the other one extrapolates
     return Timing(statistics.median(values), p20, p80)
 
 
 def _time_once(candidate: Candidate, device: str) -> float:
+    candidate.before()
     if device == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize()
@@ -115,20 +117,3 @@ def matmul_rate(device: str, dtype: torch.dtype, n: int = 1024) -> float:
     out = a @ a
     timings, _ = time_interleaved({"product": Candidate(lambda: torch.mm(a, a, out=out))}, 3, device)
     return 2 * n**3 / (timings["product"].p20 * 1e-3)
-
-
-def machine(device: str) -> str:
-    """One line on what was measured, for the head of a table."""
-    name = torch.cuda.get_device_name() if device == "cuda" else _cpu_name()
-    threads, load = torch.get_num_threads(), os.getloadavg()[0]
-    return (
-        f"{name}, {threads} threads, load {load:.1f}, PyTorch {torch.__version__}, Python {platform.python_version()}"
-    )
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

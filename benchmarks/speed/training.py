@@ -139,11 +139,9 @@ def measure(s: int, C: int, device: str, seconds: float) -> Row:
 
 
 def main() -> None:
-    parsed = arguments(__doc__)
-    if parsed.dtype != torch.float32:
-        raise SystemExit("--dtype: the loop trains in float32")
+    parsed = arguments(__doc__, GRID, QUICK, ["float32"])
     rows = []
-    for s, C in QUICK if parsed.quick else GRID:
+    for s, C in parsed.sizes:
         rows.append(measure(s, C, parsed.device, parsed.seconds))
         print(rows[-1].title, rows[-1].skipped or "", flush=True)
     about = f"""A whole alternating step: data movement, forward, backward, projection, SGD.

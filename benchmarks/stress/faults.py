@@ -23,7 +23,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from datetime import date
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -31,10 +30,11 @@ from unittest import mock
 import numpy as np
 import torch
 
-from benchmarks.speed.timing import machine
 from mla_ext.multimodal import checkpoint, cli
 
-RESULTS = Path(__file__).parent / "results"
+from .. import RESULTS
+from ..machine import machine
+
 EPOCHS = 12
 FILES = ["last.pt", "metrics.jsonl", "report.json"]
 
@@ -367,7 +367,7 @@ def main() -> None:
     lines = [
         "# Faults, and what is left of a training run",
         "",
-        f"{machine('cpu')}, {date.today()}; {(time.perf_counter() - begin) / 60:.0f} minutes",
+        f"{machine('cpu')}; {(time.perf_counter() - begin) / 60:.0f} minutes",
         "(`python -m benchmarks.stress.faults`, which stops at the first fault that does not end like this).",
         "",
         "| fault | what happens |",

@@ -1,4 +1,4 @@
-"""Installs the package in every promised way, in throw-away environments, and writes docs/install_matrix.md.
+"""Installs the package in every promised way, in throw-away environments, and writes docs/dev/install_matrix.md.
 
     python benchmarks/stress/install_matrix.py [--list] [NAME ...]
 
@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE = ROOT / "docs" / "install_matrix.md"
+PAGE = ROOT / "docs" / "dev" / "install_matrix.md"
 RELEASES = {"2.10": "torch==2.10.0", "2.11": "torch==2.11.0", "2.13": "torch==2.13.0", "newest": "torch"}
 BUILD_TOOLS = ["setuptools>=77", "cmake", "ninja", "pybind11"]
 TEST_TOOLS = ["numpy", "tqdm", "scikit-learn", "matplotlib", "pytest", "hypothesis"]

@@ -12,17 +12,18 @@ import argparse
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.speed.timing import machine
 from mla_ext import ProjectedSGD
 
-RESULTS = Path(__file__).parent / "results"
+from .. import RESULTS
+from ..machine import machine
+from ..plots import canvas, save
+
 CLASSES, ROWS, CHUNK = 6, 8, 500
 
 
@@ -62,7 +63,7 @@ def _zeros_after_a_while(x: Tensor, first: int) -> Tensor:
 
 CASES = (
     Case("usual (ReLU of normals)", _usual, steps=1_000_000),
-    Case("usual, s = 512", _usual, s=512),
+    Case("usual, s = 512", _usual, s=512, options={"rank": None}),
     Case("usual, forget 0.001", _usual, options={"forget": 1e-3}),
     Case("usual, normalize", _usual, options={"normalize": True}),
     Case("usual × 10⁶", lambda x, first: 1e6 * x.relu()),
@@ -189,10 +190,7 @@ def table(results: dict[Case, list[Record]]) -> list[str]:
 
 
 def draw(results: dict[Case, list[Record]], path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 4.6), layout="constrained")
-    axes = figure.subplots(1, 3)
+    figure, (axes,) = canvas(1, 3, 4, 4.6)
     for case, records in results.items():
         steps = [r.steps for r in records]
         axes[0].plot(steps, [max(r.P_error, 1e-17) for r in records], label=case.name, linewidth=1.2)
@@ -200,12 +198,11 @@ def draw(results: dict[Case, list[Record]], path: Path) -> None:
         axes[2].plot(steps, [r.lowest for r in records], linewidth=1.2)
     for ax, title in zip(axes, ("error of P", "error of W", "lowest eigenvalue of P"), strict=True):
         ax.set(title=f"{title}, float32", xlabel="steps", xscale="log")
-        ax.grid(color="#e3e6e8", linewidth=0.6)
     axes[0].set_yscale("log")
     axes[1].set_yscale("log")
     axes[2].set_yscale("symlog", linthresh=1e-9)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
-    figure.savefig(path, dpi=110)
+    save(figure, path)
 
 
 def main() -> None:
@@ -223,8 +220,7 @@ def main() -> None:
     lines = [
         "# Long runs in float32",
         "",
-        f"{machine('cpu')}, {date.today()}; {(time.perf_counter() - begin) / 60:.0f} minutes "
-        "(`python -m benchmarks.stress.numerics`).",
+        f"{machine('cpu')}; {(time.perf_counter() - begin) / 60:.0f} minutes (`python -m benchmarks.stress.numerics`).",
         "",
         "Two runs of ProjectedSGD on the same inputs, in float32 and in float64: error is the relative difference in",
         f"the Frobenius norm. lr 0.01, momentum 0.9, α = 0.1, {CLASSES} classes, {ROWS} rows a step.",

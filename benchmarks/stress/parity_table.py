@@ -1,4 +1,4 @@
-"""Writes docs/parity.md: every backend's error over that of plain PyTorch in the same dtype.
+"""Writes docs/dev/parity.md: every backend's error over that of plain PyTorch in the same dtype.
 
 TRITON_INTERPRET=1 python benchmarks/stress/parity_table.py
 """
@@ -16,7 +16,7 @@ from parity import error
 from mla_ext import backends, ops, reference
 from mla_ext.reference import Hyperparameters, accumulate_dtype
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "parity.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "dev" / "parity.md"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 STEPS, SEEDS = 5, 3
 N, S, C, M = 64, 65, 6, 3  # samples, features, classes, modalities

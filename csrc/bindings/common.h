@@ -14,6 +14,8 @@
 #include <initializer_list>
 #include <optional>
 
+#include "arguments.h"
+
 namespace mla_ext::bindings {
 
 using torch::headeronly::DeviceType;
@@ -22,6 +24,22 @@ using torch::stable::Tensor;
 
 inline ScalarType accumulate_type(const Tensor& tensor) {
   return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline DType dtype_of(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return DType::Float32;
+    case ScalarType::Double:
+      return DType::Float64;
+    case ScalarType::BFloat16:
+      return DType::BFloat16;
+    case ScalarType::Half:
+      return DType::Float16;
+    default:
+      STD_TORCH_CHECK(false, name, ": expected float32, float64, bfloat16 or float16");
+  }
+  return DType::Float32;
 }
 
 inline void* pointer(const std::optional<Tensor>& tensor) { return tensor.has_value() ? tensor->data_ptr() : nullptr; }
@@ -55,30 +73,32 @@ inline void check_rls_update(const Tensor& projection, const Tensor& feature_mea
 }
 
 inline void check_head_step(const Tensor& weight, const Tensor& grad, const std::optional<Tensor>& momentum_buffer,
-                            const Tensor& projection, const std::optional<Tensor>& feature_mean, const Tensor& step,
-                            DeviceType device) {
+                            const std::optional<Tensor>& base, const std::optional<Tensor>& feature_mean,
+                            const Tensor& step, DeviceType device) {
   STD_TORCH_CHECK(weight.dim() == 2 && weight.numel() > 0, "weight: expected a non-empty (C, s) tensor");
   const int64_t C = weight.size(0), s = weight.size(1);
   check(weight, "weight", {C, s}, weight.scalar_type(), device);
   check(grad, "grad", {C, s}, weight.scalar_type(), device);
   check(momentum_buffer, "momentum_buffer", {C, s}, accumulate_type(weight), device);
-  check(projection, "projection", {s, s}, accumulate_type(weight), device);
+  check(base, "base", {s, s}, accumulate_type(weight), device);
   check(feature_mean, "feature_mean", {s}, accumulate_type(weight), device);
   check(step, "step", {}, ScalarType::Float, device);
 }
 
-inline void check_pending(const Tensor& projection, const Tensor& pending, const Tensor& count, DeviceType device) {
-  STD_TORCH_CHECK(pending.dim() == 2 && pending.size(0) > 0, "pending: expected a (capacity, s) tensor");
-  check(pending, "pending", {pending.size(0), projection.size(0)}, projection.scalar_type(), device);
-  check(count, "pending_count", {}, ScalarType::Long, DeviceType::CPU);
-}
-
-// The gradient's factors: output_grad^T features.
-inline void check_factors(const Tensor& weight, const Tensor& features, const Tensor& output_grad, DeviceType device) {
-  STD_TORCH_CHECK(features.dim() == 2 && features.scalar_type() == accumulate_type(features),
-                  "features: expected an (N, s) tensor of float32 or float64");
-  check(features, "features", {features.size(0), weight.size(1)}, weight.scalar_type(), device);
-  check(output_grad, "output_grad", {features.size(0), weight.size(0)}, weight.scalar_type(), device);
+// P with rows: K and its count beside either B or beta.
+inline void check_rows(const std::optional<Tensor>& base, const std::optional<Tensor>& beta,
+                       const std::optional<Tensor>& rows, const std::optional<Tensor>& count, int64_t s,
+                       ScalarType accumulate, DeviceType device) {
+  STD_TORCH_CHECK(base.has_value() != beta.has_value(), "base: expected either base or beta, got ",
+                  base.has_value() ? "both" : "neither");
+  STD_TORCH_CHECK(rows.has_value() || !beta.has_value(), "rows: expected beside beta");
+  STD_TORCH_CHECK(rows.has_value() == count.has_value(), "count: expected beside rows, and only there");
+  check(base, "base", {s, s}, accumulate, device);
+  check(beta, "beta", {}, accumulate, device);
+  if (!rows.has_value()) return;
+  STD_TORCH_CHECK(rows->dim() == 2 && rows->size(0) > 0, "rows: expected a (capacity, s) tensor");
+  check(*rows, "rows", {rows->size(0), s}, accumulate, device);
+  check(*count, "count", {}, ScalarType::Long, device);
 }
 
 inline void check_fusion(const Tensor& logits, const std::optional<Tensor>& present, DeviceType device) {
@@ -86,6 +106,15 @@ inline void check_fusion(const Tensor& logits, const std::optional<Tensor>& pres
                   "logits: expected an (M, N, C) tensor with at least one modality and one class");
   check(logits, "logits", {logits.size(0), logits.size(1), logits.size(2)}, logits.scalar_type(), device);
   check(present, "present", {logits.size(0), logits.size(1)}, ScalarType::Bool, device);
+}
+
+// One number in memory of the device, or null.
+inline const float* number(const std::optional<Tensor>& tensor, const char* name, DeviceType device) {
+  if (!tensor.has_value()) return nullptr;
+  STD_TORCH_CHECK(tensor->dim() <= 1 && tensor->numel() == 1, name, ": expected one number, of shape () or (1,)");
+  STD_TORCH_CHECK(tensor->scalar_type() == ScalarType::Float, name, ": expected float32");
+  STD_TORCH_CHECK(tensor->device().type() == device, name, ": the device does not fit the other arguments");
+  return static_cast<const float*>(tensor->data_ptr());
 }
 
 // out = a b, by PyTorch's BLAS and under the user's precision setting.

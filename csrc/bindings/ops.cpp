@@ -11,72 +11,34 @@
 namespace {
 
 using namespace mla_ext::bindings;
-using mla_ext::cpu::DType;
+using mla_ext::DType;
 
 constexpr DeviceType kDevice = DeviceType::CPU;
-
-DType dtype_of(const Tensor& tensor, const char* name) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return DType::Float32;
-    case ScalarType::Double:
-      return DType::Float64;
-    case ScalarType::BFloat16:
-      return DType::BFloat16;
-    case ScalarType::Half:
-      return DType::Float16;
-    default:
-      STD_TORCH_CHECK(false, name, ": expected float32, float64, bfloat16 or float16");
-  }
-  return DType::Float32;
-}
-
-double scalar(const std::optional<Tensor>& tensor, const char* name, double otherwise) {
-  if (!tensor.has_value()) return otherwise;
-  check(*tensor, name, {}, ScalarType::Float, kDevice);
-  return *static_cast<const float*>(tensor->data_ptr());
-}
-
-Tensor rows(const Tensor& matrix, int64_t first, int64_t count) {
-  Tensor whole = matrix;
-  return torch::stable::narrow(whole, 0, first, count);
-}
 
 void parallel_for(int64_t begin, int64_t end, int64_t grain, mla_ext::cpu::Body body, void* context) {
   torch::stable::parallel_for(begin, end, grain, [&](int64_t first, int64_t last) { body(first, last, context); });
 }
 
-mla_ext::cpu::Pending pending_of(const Tensor& projection, const Tensor& pending, const Tensor& count) {
-  check_pending(projection, pending, count, kDevice);
-  int64_t* waiting = static_cast<int64_t*>(count.data_ptr());
-  STD_TORCH_CHECK(*waiting >= 0 && *waiting < pending.size(0), "pending_count: out of range");
-  return {pending.data_ptr(), pending.size(0), waiting};
+// P = base or beta I, minus the rows; nullptr and 0 for what is not there.
+mla_ext::Projection projection_of(const std::optional<Tensor>& base, const std::optional<Tensor>& beta,
+                                  const std::optional<Tensor>& rows, const std::optional<Tensor>& count, int64_t s,
+                                  ScalarType accumulate) {
+  check_rows(base, beta, rows, count, s, accumulate, kDevice);
+  return {pointer(base), pointer(beta), pointer(rows), static_cast<int64_t*>(pointer(count)),
+          rows.has_value() ? rows->size(0) : 0};
 }
 
-// projected = [G P; h B]. Where the gradient comes in factors, G = output_grad^T features, from the thinner features P.
-void project(const Tensor& grad, const Tensor& projection, const void* h, const mla_ext::cpu::Pending& pending,
-             const std::optional<Tensor>& features, const std::optional<Tensor>& output_grad, Tensor& projected) {
-  const mla_ext::cpu::Kernels& kernels = mla_ext::cpu::kernels();
-  const DType accumulate = dtype_of(projection, "projection");
-  const Tensor X = features.has_value() ? *features : torch::stable::to(grad, projection.scalar_type());
-  const int64_t n = X.size(0), s = X.size(1), C = grad.size(0);
-  Tensor product = features.has_value() ? torch::stable::new_empty(projection, {n + 1, s}) : projected;
-  Tensor XP = rows(product, 0, n), k = rows(product, n, 1);
-  if (mla_ext::cpu::blas_is_faster(n, s)) {
-    matmul_into(X, projection, XP);
-    // Not by BLAS: the user may have allowed it to round as P h must not be.
-    kernels.project(accumulate, projection.data_ptr(), nullptr, 0, h, s, k.data_ptr(), parallel_for);
-  } else {
-    kernels.project(accumulate, projection.data_ptr(), X.data_ptr(), n, h, s, product.data_ptr(), parallel_for);
+// G B by PyTorch's BLAS, for a workspace.
+struct BlasProduct {
+  const Tensor& grad;
+  const Tensor& base;
+  Tensor out;
+
+  static void run(void* context) {
+    BlasProduct& product = *static_cast<BlasProduct*>(context);
+    matmul_into(torch::stable::to(product.grad, product.base.scalar_type()), product.base, product.out);
   }
-  if (pending.rows != nullptr) {
-    kernels.correct(accumulate, X.data_ptr(), XP.data_ptr(), n, s, pending, parallel_for);
-  }
-  if (!features.has_value()) return;
-  Tensor Z = rows(projected, 0, C), k_of_step = rows(projected, C, 1);
-  matmul_into(torch::stable::transpose(*output_grad, 0, 1), XP, Z);
-  if (h != nullptr) torch::stable::copy_(k_of_step, k);
-}
+};
 
 Tensor feature_mean(const Tensor& features) {
   check_features(features, kDevice);
@@ -89,74 +51,62 @@ Tensor feature_mean(const Tensor& features) {
 
 void rls_update_(Tensor projection, const Tensor& feature_mean, double alpha, double forget, bool normalize) {
   check_rls_update(projection, feature_mean, kDevice);
-  mla_ext::cpu::kernels().rls_update(
-      dtype_of(projection, "projection"),
-      {projection.data_ptr(), feature_mean.data_ptr(), projection.size(0), alpha, forget, normalize}, parallel_for);
+  mla_ext::Hyperparameters hyper;
+  hyper.alpha = alpha;
+  hyper.forget = forget;
+  hyper.normalize = normalize;
+  mla_ext::cpu::kernels().rls_update(dtype_of(projection, "projection"), projection.data_ptr(), feature_mean.data_ptr(),
+                                     projection.size(0), hyper, parallel_for);
 }
 
-void head_step_(Tensor weight, const Tensor& grad, std::optional<Tensor> momentum_buffer, Tensor projection,
+void head_step_(Tensor weight, const Tensor& grad, std::optional<Tensor> momentum_buffer, std::optional<Tensor> base,
+                std::optional<Tensor> beta, std::optional<Tensor> rows, std::optional<Tensor> count,
                 const std::optional<Tensor>& feature_mean, Tensor step, double lr, double momentum, double dampening,
-                double weight_decay, bool nesterov, bool maximize, double alpha, bool absorb_before, bool normalize,
-                double forget, const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
-                const std::optional<Tensor>& lr_tensor, const std::optional<Tensor>& alpha_tensor,
-                std::optional<Tensor> pending_rows, std::optional<Tensor> pending_count,
-                const std::optional<Tensor>& features, const std::optional<Tensor>& output_grad) {
-  check_head_step(weight, grad, momentum_buffer, projection, feature_mean, step, kDevice);
-  const DType dtype = dtype_of(weight, "weight");
-  const double scale = scalar(grad_scale, "grad_scale", 1);
-  STD_TORCH_CHECK(pending_rows.has_value() == pending_count.has_value(), "pending_count: expected beside pending");
-  STD_TORCH_CHECK(features.has_value() == output_grad.has_value(), "output_grad: expected beside features");
-  mla_ext::cpu::Pending pending{nullptr, 0, nullptr};
-  if (pending_rows.has_value()) {
-    pending = pending_of(projection, *pending_rows, *pending_count);
-    STD_TORCH_CHECK(forget == 0 && !normalize, "pending: expected neither forget nor normalize with it");
-  }
-  if (features.has_value()) check_factors(weight, *features, *output_grad, kDevice);
-  if (scalar(found_inf, "found_inf", 0) != 0) return;
-
+                double weight_decay, bool nesterov, bool maximize, double alpha, double forget, bool absorb_before,
+                bool normalize, const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
+                const std::optional<Tensor>& lr_tensor, const std::optional<Tensor>& alpha_tensor) {
+  check_head_step(weight, grad, momentum_buffer, base, feature_mean, step, kDevice);
   const int64_t C = weight.size(0), s = weight.size(1);
-  const mla_ext::cpu::RlsUpdate rls{
-      projection.data_ptr(), pointer(feature_mean), s, scalar(alpha_tensor, "alpha_tensor", alpha), forget, normalize};
-  Tensor projected = torch::stable::new_empty(projection, {C + 1, s});
-  float* steps = static_cast<float*>(step.data_ptr());
-  mla_ext::cpu::HeadStep arguments{rls,
-                                   C,
-                                   weight.data_ptr(),
-                                   grad.data_ptr(),
-                                   pointer(momentum_buffer),
-                                   projected.data_ptr(),
-                                   /*is_projected=*/false,
-                                   pending,
-                                   /*is_first=*/*steps == 0,
-                                   absorb_before,
-                                   nesterov,
-                                   maximize,
-                                   scale,
-                                   scalar(lr_tensor, "lr_tensor", lr),
-                                   momentum,
-                                   dampening,
-                                   weight_decay};
-  if (features.has_value() || mla_ext::cpu::blas_is_faster(C, s)) {
-    if (absorb_before && feature_mean.has_value()) {
-      const DType accumulate = dtype_of(projection, "projection");
-      if (pending.rows != nullptr) {
-        mla_ext::cpu::kernels().fold(accumulate, projection.data_ptr(), s, pending, parallel_for);
-      }
-      mla_ext::cpu::kernels().rls_update(accumulate, rls, parallel_for);
-      arguments.rls.feature_mean = nullptr;
-    }
-    project(grad, projection, arguments.rls.feature_mean, pending, features, output_grad, projected);
-    arguments.is_projected = true;
+  const mla_ext::HeadStep arguments{
+      dtype_of(weight, "weight"),
+      C,
+      s,
+      weight.data_ptr(),
+      grad.data_ptr(),
+      pointer(momentum_buffer),
+      projection_of(base, beta, rows, count, s, accumulate_type(weight)),
+      pointer(feature_mean),
+      static_cast<float*>(step.data_ptr()),
+      {lr, momentum, dampening, weight_decay, alpha, forget, nesterov, maximize, absorb_before, normalize,
+       number(lr_tensor, "lr_tensor", kDevice), number(alpha_tensor, "alpha_tensor", kDevice)},
+      number(grad_scale, "grad_scale", kDevice),
+      number(found_inf, "found_inf", kDevice)};
+  if (rows.has_value()) {
+    const int64_t used = *arguments.projection.count;
+    STD_TORCH_CHECK(used >= 0 && used < rows->size(0), "count: expected 0 to ", rows->size(0) - 1, ", got ", used);
+    STD_TORCH_CHECK(!normalize, "normalize: expected false with rows");
+    STD_TORCH_CHECK(forget == 0 || beta.has_value(), "forget: expected 0 with base and rows");
   }
-  mla_ext::cpu::kernels().head_step(dtype, arguments, parallel_for);
-  *steps += 1;
+  mla_ext::cpu::Workspace workspace{};
+  if (!base.has_value()) return mla_ext::cpu::kernels().head_step(arguments, workspace, parallel_for);
+
+  Tensor projected = torch::stable::new_empty(*base, {C + 1, s});
+  BlasProduct blas{grad, *base, torch::stable::narrow(projected, 0, 0, C)};
+  workspace.projected = projected.data_ptr();
+  if (mla_ext::cpu::blas_is_faster(C, s)) {
+    // For G alone: the user may have allowed the BLAS to round as B h must not be.
+    workspace.product = BlasProduct::run;
+    workspace.context = &blas;
+  }
+  mla_ext::cpu::kernels().head_step(arguments, workspace, parallel_for);
 }
 
-void fold_(Tensor projection, const Tensor& pending, Tensor pending_count) {
-  STD_TORCH_CHECK(projection.dim() == 2 && projection.numel() > 0, "projection: expected a non-empty (s, s) tensor");
-  check(projection, "projection", {projection.size(0), projection.size(0)}, accumulate_type(projection), kDevice);
-  mla_ext::cpu::kernels().fold(dtype_of(projection, "projection"), projection.data_ptr(), projection.size(0),
-                               pending_of(projection, pending, pending_count), parallel_for);
+void settle_(std::optional<Tensor> base, std::optional<Tensor> beta, Tensor rows, Tensor count) {
+  const int64_t s = rows.dim() == 2 ? rows.size(1) : 0;
+  const mla_ext::Projection projection = projection_of(base, beta, rows, count, s, accumulate_type(rows));
+  const int64_t used = *projection.count;
+  STD_TORCH_CHECK(used >= 0 && used <= rows.size(0), "count: expected 0 to ", rows.size(0), ", got ", used);
+  mla_ext::cpu::kernels().settle(dtype_of(rows, "rows"), projection, s, parallel_for);
 }
 
 std::tuple<Tensor, Tensor> entropy_fusion(const Tensor& logits, const std::optional<Tensor>& present) {
@@ -180,13 +130,12 @@ STABLE_TORCH_LIBRARY(mla_ext, library) {
   library.def(
       "rls_update_(Tensor(a!) projection, Tensor feature_mean, float alpha, float forget, bool normalize) -> ()");
   library.def(
-      "head_step_(Tensor(a!) weight, Tensor grad, Tensor(b!)? momentum_buffer, Tensor(c!) projection, "
-      "Tensor? feature_mean, Tensor(d!) step, float lr, float momentum, float dampening, float weight_decay, "
-      "bool nesterov, bool maximize, float alpha, bool absorb_before, bool normalize, float forget, "
-      "Tensor? grad_scale, Tensor? found_inf, Tensor? lr_tensor=None, Tensor? alpha_tensor=None, "
-      "Tensor(e!)? pending=None, Tensor(f!)? pending_count=None, Tensor? features=None, Tensor? output_grad=None) -> "
-      "()");
-  library.def("fold_(Tensor(a!) projection, Tensor pending, Tensor(b!) pending_count) -> ()");
+      "head_step_(Tensor(a!) weight, Tensor grad, Tensor(b!)? momentum_buffer, Tensor(c!)? base, Tensor(d!)? beta, "
+      "Tensor(e!)? rows, Tensor(f!)? count, Tensor? feature_mean, Tensor(g!) step, float lr, float momentum, "
+      "float dampening, float weight_decay, bool nesterov, bool maximize, float alpha, float forget, "
+      "bool absorb_before, bool normalize, Tensor? grad_scale, Tensor? found_inf, Tensor? lr_tensor=None, "
+      "Tensor? alpha_tensor=None) -> ()");
+  library.def("settle_(Tensor(a!)? base, Tensor(b!)? beta, Tensor(c!) rows, Tensor(d!) count) -> ()");
   library.def("entropy_fusion(Tensor logits, Tensor? present) -> (Tensor fused, Tensor weights)");
 }
 
@@ -194,6 +143,6 @@ STABLE_TORCH_LIBRARY_IMPL(mla_ext, CPU, library) {
   library.impl("feature_mean", TORCH_BOX(&feature_mean));
   library.impl("rls_update_", TORCH_BOX(&rls_update_));
   library.impl("head_step_", TORCH_BOX(&head_step_));
-  library.impl("fold_", TORCH_BOX(&fold_));
+  library.impl("settle_", TORCH_BOX(&settle_));
   library.impl("entropy_fusion", TORCH_BOX(&entropy_fusion));
 }

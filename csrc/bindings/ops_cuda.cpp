@@ -15,24 +15,18 @@
 namespace {
 
 using namespace mla_ext::bindings;
-using mla_ext::cuda::DataType;
+using mla_ext::DType;
 
 constexpr DeviceType kDevice = DeviceType::CUDA;
 
-DataType dtype_of(const Tensor& tensor, const char* name) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return DataType::kFloat32;
-    case ScalarType::Double:
-      return DataType::kFloat64;
-    case ScalarType::BFloat16:
-      return DataType::kBFloat16;
-    case ScalarType::Half:
-      return DataType::kFloat16;
-    default:
-      STD_TORCH_CHECK(false, name, ": expected float32, float64, bfloat16 or float16");
-  }
-  return DataType::kFloat32;
+// A kernel that runs on one GPU cannot take memory of another.
+void check_same_gpu(const Tensor& tensor, const char* name, const Tensor& first) {
+  STD_TORCH_CHECK(tensor.get_device_index() == first.get_device_index(), name, ": is on GPU ",
+                  tensor.get_device_index(), ", but the first argument is on GPU ", first.get_device_index());
+}
+
+void check_same_gpu(const std::optional<Tensor>& tensor, const char* name, const Tensor& first) {
+  if (tensor.has_value()) check_same_gpu(*tensor, name, first);
 }
 
 // The tensor's device made current, and its stream.
@@ -54,20 +48,15 @@ void check_launch(cudaError_t error) {
   STD_TORCH_CHECK(error == cudaSuccess, "mla_ext: the CUDA kernel could not be launched: ", cudaGetErrorString(error));
 }
 
-const float* scalar(const std::optional<Tensor>& tensor, const char* name) {
-  check(tensor, name, {}, ScalarType::Float, kDevice);
-  return static_cast<const float*>(pointer(tensor));
-}
-
 // Memory of the tensor's device, from the allocator that CUDA graphs know.
-Tensor workspace_like(const Tensor& projection, DataType dtype, int64_t classes) {
-  const size_t bytes = mla_ext::cuda::head_step_workspace_bytes(dtype, classes, projection.size(0));
+Tensor workspace_like(const Tensor& projection, DType dtype, int64_t C) {
+  const size_t bytes = mla_ext::cuda::head_step_workspace_bytes(dtype, C, projection.size(0));
   return torch::stable::new_empty(projection, {int64_t(bytes)}, ScalarType::Byte);
 }
 
 Tensor feature_mean(const Tensor& features) {
   check_features(features, kDevice);
-  const DataType dtype = dtype_of(features, "features");
+  const DType dtype = dtype_of(features, "features");
   const Place place(features);
   Tensor mean = torch::stable::new_empty(features, {features.size(1)}, accumulate_type(features));
   check_launch(mla_ext::cuda::feature_mean(dtype, features.data_ptr(), features.size(0), features.size(1),
@@ -77,58 +66,75 @@ Tensor feature_mean(const Tensor& features) {
 
 void rls_update_(Tensor projection, const Tensor& feature_mean, double alpha, double forget, bool normalize) {
   check_rls_update(projection, feature_mean, kDevice);
-  const DataType dtype = dtype_of(projection, "projection");
+  check_same_gpu(feature_mean, "feature_mean", projection);
+  const DType dtype = dtype_of(projection, "projection");
   const Place place(projection);
   Tensor workspace = workspace_like(projection, dtype, 0);
   check_launch(mla_ext::cuda::rls_update(dtype, projection.data_ptr(), feature_mean.data_ptr(), projection.size(0),
                                          alpha, forget, normalize, workspace.data_ptr(), place.stream()));
 }
 
-void head_step_(Tensor weight, const Tensor& grad, std::optional<Tensor> momentum_buffer, Tensor projection,
+void head_step_(Tensor weight, const Tensor& grad, std::optional<Tensor> momentum_buffer, std::optional<Tensor> base,
+                std::optional<Tensor> beta, std::optional<Tensor> rows, std::optional<Tensor> count,
                 const std::optional<Tensor>& feature_mean, Tensor step, double lr, double momentum, double dampening,
-                double weight_decay, bool nesterov, bool maximize, double alpha, bool absorb_before, bool normalize,
-                double forget, const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
-                const std::optional<Tensor>& lr_tensor, const std::optional<Tensor>& alpha_tensor,
-                std::optional<Tensor> pending, std::optional<Tensor> pending_count,
-                const std::optional<Tensor>& features, const std::optional<Tensor>& output_grad) {
-  STD_TORCH_CHECK(!pending.has_value() && !pending_count.has_value(), "pending: the CUDA kernels update P every step");
-  STD_TORCH_CHECK(!features.has_value() && !output_grad.has_value(), "features: the CUDA kernels take grad alone");
-  check_head_step(weight, grad, momentum_buffer, projection, feature_mean, step, kDevice);
-  const DataType dtype = dtype_of(weight, "weight");
-  const int64_t C = weight.size(0), s = weight.size(1);
-  mla_ext::cuda::HeadStepScalars scalars;
-  scalars.lr = lr;
-  scalars.momentum = momentum;
-  scalars.dampening = dampening;
-  scalars.weight_decay = weight_decay;
-  scalars.alpha = alpha;
-  scalars.forget = forget;
-  scalars.nesterov = nesterov;
-  scalars.maximize = maximize;
-  scalars.absorb_before = absorb_before;
-  scalars.normalize = normalize;
-  scalars.lr_ptr = scalar(lr_tensor, "lr_tensor");
-  scalars.alpha_ptr = scalar(alpha_tensor, "alpha_tensor");
-  scalars.grad_scale = scalar(grad_scale, "grad_scale");
-  scalars.found_inf = scalar(found_inf, "found_inf");
-  const mla_ext::cuda::HeadStepTensors tensors{weight.data_ptr(),        grad.data_ptr(),
-                                               pointer(momentum_buffer), projection.data_ptr(),
-                                               pointer(feature_mean),    static_cast<float*>(step.data_ptr())};
+                double weight_decay, bool nesterov, bool maximize, double alpha, double forget, bool absorb_before,
+                bool normalize, const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
+                const std::optional<Tensor>& lr_tensor, const std::optional<Tensor>& alpha_tensor) {
+  STD_TORCH_CHECK(base.has_value(), "base: expected a tensor (s, s), got none; the CUDA kernels take a dense P only");
+  STD_TORCH_CHECK(!beta.has_value(), "beta: expected none beside base");
+  STD_TORCH_CHECK(!rows.has_value(), "rows: expected none; the CUDA kernels take a dense P only");
+  STD_TORCH_CHECK(!count.has_value(), "count: expected none without rows");
+  check_head_step(weight, grad, momentum_buffer, base, feature_mean, step, kDevice);
+  check_same_gpu(grad, "grad", weight);
+  check_same_gpu(momentum_buffer, "momentum_buffer", weight);
+  check_same_gpu(base, "base", weight);
+  check_same_gpu(feature_mean, "feature_mean", weight);
+  check_same_gpu(step, "step", weight);
+
+  mla_ext::HeadStep arguments{};
+  arguments.dtype = dtype_of(weight, "weight");
+  arguments.C = weight.size(0);
+  arguments.s = weight.size(1);
+  arguments.weight = weight.data_ptr();
+  arguments.grad = grad.data_ptr();
+  arguments.momentum_buffer = pointer(momentum_buffer);
+  arguments.projection.base = base->data_ptr();
+  arguments.feature_mean = pointer(feature_mean);
+  arguments.step = static_cast<float*>(step.data_ptr());
+  arguments.hyper = {lr,
+                     momentum,
+                     dampening,
+                     weight_decay,
+                     alpha,
+                     forget,
+                     nesterov,
+                     maximize,
+                     absorb_before,
+                     normalize,
+                     number(lr_tensor, "lr_tensor", kDevice),
+                     number(alpha_tensor, "alpha_tensor", kDevice)};
+  arguments.grad_scale = number(grad_scale, "grad_scale", kDevice);
+  arguments.found_inf = number(found_inf, "found_inf", kDevice);
+  check_same_gpu(grad_scale, "grad_scale", weight);
+  check_same_gpu(found_inf, "found_inf", weight);
+  check_same_gpu(lr_tensor, "lr_tensor", weight);
+  check_same_gpu(alpha_tensor, "alpha_tensor", weight);
+
   const Place place(weight);
-  Tensor workspace = workspace_like(projection, dtype, C);
-  if (mla_ext::cuda::head_step_prefers_product_given(C, s)) {
-    Tensor Z = torch::stable::new_empty(projection, {C, s});
-    matmul_into(torch::stable::to(grad, projection.scalar_type()), projection, Z);
-    check_launch(mla_ext::cuda::head_step_projected(dtype, tensors, Z.data_ptr(), C, s, scalars, workspace.data_ptr(),
-                                                    place.stream()));
+  Tensor workspace = workspace_like(*base, arguments.dtype, arguments.C);
+  if (mla_ext::cuda::head_step_prefers_product_given(arguments.C, arguments.s)) {
+    Tensor Z = torch::stable::new_empty(*base, {arguments.C, arguments.s});
+    matmul_into(torch::stable::to(grad, base->scalar_type()), *base, Z);
+    check_launch(mla_ext::cuda::head_step_projected(arguments, Z.data_ptr(), workspace.data_ptr(), place.stream()));
   } else {
-    check_launch(mla_ext::cuda::head_step(dtype, tensors, C, s, scalars, workspace.data_ptr(), place.stream()));
+    check_launch(mla_ext::cuda::head_step(arguments, workspace.data_ptr(), place.stream()));
   }
 }
 
 std::tuple<Tensor, Tensor> entropy_fusion(const Tensor& logits, const std::optional<Tensor>& present) {
   check_fusion(logits, present, kDevice);
-  const DataType dtype = dtype_of(logits, "logits");
+  check_same_gpu(present, "present", logits);
+  const DType dtype = dtype_of(logits, "logits");
   const int64_t M = logits.size(0), N = logits.size(1), C = logits.size(2);
   const Place place(logits);
   Tensor fused = torch::stable::new_empty(logits, {N, C});

@@ -5,9 +5,10 @@
 #include "entropy_fusion.h"
 #include "feature_mean.h"
 #include "head_step.h"
-#include "pending.h"
+#include "plain_sgd.h"
 #include "product.h"
 #include "rls_update.h"
+#include "rows.h"
 
 namespace mla_ext::cpu::MLA_EXT_ISA {
 
@@ -32,34 +33,20 @@ void any_feature_mean(DType dtype, const void* features, void* mean, int64_t N, 
   dispatch(dtype, [&](auto t) { feature_mean<decltype(t)>(features, mean, N, s, parallel_for); });
 }
 
-void any_rls_update(DType accumulate, const RlsUpdate& update, ParallelFor parallel_for) {
-  dispatch(accumulate, [&](auto t) { rls_update<typename Accumulate<decltype(t)>::type>(update, parallel_for); });
-}
-
-void any_head_step(DType dtype, const HeadStep& step, ParallelFor parallel_for) {
-  dispatch(dtype, [&](auto t) { head_step<decltype(t)>(step, parallel_for); });
-}
-
-void any_project(DType accumulate, const void* projection, const void* X, int64_t n, const void* h, int64_t s,
-                 void* out, ParallelFor parallel_for) {
+void any_rls_update(DType accumulate, void* base, const void* h, int64_t s, const Hyperparameters& hyper,
+                    ParallelFor parallel_for) {
   dispatch(accumulate, [&](auto t) {
     using A = typename Accumulate<decltype(t)>::type;
-    project<A>(static_cast<const A*>(projection), static_cast<const A*>(X), n, static_cast<const A*>(h), s,
-               static_cast<A*>(out), parallel_for);
+    rls_update<A>(static_cast<A*>(base), static_cast<const A*>(h), s, hyper, parallel_for);
   });
 }
 
-void any_fold(DType accumulate, void* projection, int64_t s, const Pending& pending, ParallelFor parallel_for) {
-  dispatch(accumulate, [&](auto t) {
-    using A = typename Accumulate<decltype(t)>::type;
-    fold<A>(projection, s, pending, A(1), parallel_for);
-  });
+void any_head_step(const HeadStep& step, const Workspace& workspace, ParallelFor parallel_for) {
+  dispatch(step.dtype, [&](auto t) { head_step<decltype(t)>(step, workspace, parallel_for); });
 }
 
-void any_correct(DType accumulate, const void* X, void* Z, int64_t n, int64_t s, const Pending& pending,
-                 ParallelFor parallel_for) {
-  dispatch(accumulate,
-           [&](auto t) { correct<typename Accumulate<decltype(t)>::type>(X, Z, n, s, pending, parallel_for); });
+void any_settle(DType accumulate, const Projection& P, int64_t s, ParallelFor parallel_for) {
+  dispatch(accumulate, [&](auto t) { settle<typename Accumulate<decltype(t)>::type>(P, s, parallel_for); });
 }
 
 void any_entropy_fusion(DType dtype, const EntropyFusion& fusion, ParallelFor parallel_for) {
@@ -69,7 +56,6 @@ void any_entropy_fusion(DType dtype, const EntropyFusion& fusion, ParallelFor pa
 }  // namespace
 
 extern const Kernels kernels;
-const Kernels kernels = {any_feature_mean, any_rls_update, any_head_step,     any_project,
-                         any_fold,         any_correct,    any_entropy_fusion};
+const Kernels kernels = {any_feature_mean, any_rls_update, any_head_step, any_settle, any_entropy_fusion, plain_sgd};
 
 }  // namespace mla_ext::cpu::MLA_EXT_ISA

@@ -9,6 +9,10 @@
 
 namespace mla_ext::cpu::MLA_EXT_ISA {
 
+inline double alpha_of(const Hyperparameters& hyper) {
+  return hyper.alpha_tensor == nullptr ? hyper.alpha : *hyper.alpha_tensor;
+}
+
 // What an update subtracts from P: sign * u u^T, with u = k / sqrt|d|.
 template <class A>
 struct RankOne {
@@ -66,18 +70,15 @@ void normalize(A* P, int64_t s, ParallelFor parallel_for) {
 }
 
 template <class A>
-void rls_update(const RlsUpdate& update, ParallelFor parallel_for) {
-  const int64_t s = update.s, grain = kElementsPerTask / s;
-  A* P = static_cast<A*>(update.projection);
-  const A* h = static_cast<const A*>(update.feature_mean);
+void rls_update(A* P, const A* h, int64_t s, const Hyperparameters& hyper, ParallelFor parallel_for) {
   Scratch<A> k(s);
   project<A>(P, nullptr, 0, h, s, k.get(), parallel_for);
-  const RankOne<A> rank_one = scale_to_u(k.get(), h, s, A(update.alpha));
+  const RankOne<A> rank_one = scale_to_u(k.get(), h, s, A(alpha_of(hyper)));
   if (!rank_one.absorbed) return;
-  parallel(parallel_for, s, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) update_row(P + i * s, k.get(), i, s, rank_one.sign, A(update.forget));
+  parallel(parallel_for, s, kElementsPerTask / s, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) update_row(P + i * s, k.get(), i, s, rank_one.sign, A(hyper.forget));
   });
-  if (update.normalize) normalize(P, s, parallel_for);
+  if (hyper.normalize) normalize(P, s, parallel_for);
 }
 
 }  // namespace mla_ext::cpu::MLA_EXT_ISA

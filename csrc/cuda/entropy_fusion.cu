@@ -73,31 +73,31 @@ struct OnlineEntropy {
 /// One block for each sample, so that no sample's sums depend on another's.
 template <typename T, bool kAligned>
 __global__ void __launch_bounds__(kMaxThreads)
-    entropy_fusion_kernel(const T* logits, const uint8_t* present, int modalities, int samples, int classes,
-                          bool keep_rows, int rows_offset, T* fused, accumulate_t<T>* weights) {
+    entropy_fusion_kernel(const T* logits, const uint8_t* present, int M, int N, int C, bool keep_rows, int rows_offset,
+                          T* fused, accumulate_t<T>* weights) {
   using A = accumulate_t<T>;
   constexpr int kWidth = kAligned ? kVector<T> : 1;
   const int64_t sample = blockIdx.x;
   const int warps = warp_count();
   unsigned char* const shared = dynamic_shared_memory();
-  auto* const parts = reinterpret_cast<OnlineEntropy<A>*>(shared);        // [modality][warp]
-  A* const entropies = reinterpret_cast<A*>(parts + modalities * warps);  // [modality]
-  A* const lambdas = entropies + modalities;                              // [modality]
-  T* const rows = reinterpret_cast<T*>(shared + rows_offset);             // [modality][class], if kept
+  auto* const parts = reinterpret_cast<OnlineEntropy<A>*>(shared);  // [modality][warp]
+  A* const entropies = reinterpret_cast<A*>(parts + M * warps);     // [modality]
+  A* const lambdas = entropies + M;                                 // [modality]
+  T* const rows = reinterpret_cast<T*>(shared + rows_offset);       // [modality][class], if kept
 
-  const auto is_present = [&](int m) { return !present || present[int64_t{m} * samples + sample] != 0; };
-  const auto row_of = [&](int m) { return logits + (int64_t{m} * samples + sample) * classes; };
+  const auto is_present = [&](int m) { return !present || present[int64_t{m} * N + sample] != 0; };
+  const auto row_of = [&](int m) { return logits + (int64_t{m} * N + sample) * C; };
   const int first = static_cast<int>(threadIdx.x) * kWidth;
   const int step = static_cast<int>(blockDim.x) * kWidth;
 
-  for (int m = 0; m < modalities; ++m) {
+  for (int m = 0; m < M; ++m) {
     if (!is_present(m)) continue;
     const T* const row = row_of(m);
     OnlineEntropy<A> part;
 #pragma unroll 2
-    for (int c = first; c < classes; c += step) {
+    for (int c = first; c < C; c += step) {
       const Vector<T, kWidth> vector = load<kWidth>(row + c);
-      if (keep_rows) store(rows + m * classes + c, vector);  // only this thread reads it again
+      if (keep_rows) store(rows + m * C + c, vector);  // only this thread reads it again
       A x[kWidth];
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) x[i] = to_accumulate(vector.at[i]);
@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     if (lane_index() == 0) parts[m * warps + warp_index()] = part;
   }
   __syncthreads();
-  for (int m = static_cast<int>(threadIdx.x); m < modalities; m += static_cast<int>(blockDim.x)) {
+  for (int m = static_cast<int>(threadIdx.x); m < M; m += static_cast<int>(blockDim.x)) {
     if (!is_present(m)) {
       entropies[m] = INFINITY;  // λ = 0
       continue;
@@ -118,85 +118,84 @@ __global__ void __launch_bounds__(kMaxThreads)
   }
   __syncthreads();
   A smallest = INFINITY;
-  for (int m = 0; m < modalities; ++m) smallest = entropies[m] < smallest ? entropies[m] : smallest;
+  for (int m = 0; m < M; ++m) smallest = entropies[m] < smallest ? entropies[m] : smallest;
   A total = 0;
-  for (int m = 0; m < modalities; ++m) {
+  for (int m = 0; m < M; ++m) {
     if (entropies[m] != A(INFINITY)) total += exp(smallest - entropies[m]);
   }
-  for (int m = static_cast<int>(threadIdx.x); m < modalities; m += static_cast<int>(blockDim.x)) {
+  for (int m = static_cast<int>(threadIdx.x); m < M; m += static_cast<int>(blockDim.x)) {
     const A lambda = entropies[m] != A(INFINITY) ? exp(smallest - entropies[m]) / total : A(0);
     lambdas[m] = lambda;
-    weights[int64_t{m} * samples + sample] = lambda;
+    weights[int64_t{m} * N + sample] = lambda;
   }
   __syncthreads();
-  for (int c = first; c < classes; c += step) {
+  for (int c = first; c < C; c += step) {
     A sums[kWidth] = {};
-    for (int m = 0; m < modalities; ++m) {
+    for (int m = 0; m < M; ++m) {
       if (lambdas[m] == A(0)) continue;  // absent: entropies differ by log C at most, which no λ > 0 underflows on
-      const Vector<T, kWidth> vector = load<kWidth>(keep_rows ? rows + m * classes + c : row_of(m) + c);
+      const Vector<T, kWidth> vector = load<kWidth>(keep_rows ? rows + m * C + c : row_of(m) + c);
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) sums[i] += lambdas[m] * to_accumulate(vector.at[i]);
     }
     Vector<T, kWidth> result;
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) result.at[i] = from_accumulate<T>(sums[i]);
-    store(fused + sample * classes + c, result);
+    store(fused + sample * C + c, result);
   }
 }
 
 template <typename T, bool kAligned>
-cudaError_t run(const T* logits, const uint8_t* present, int modalities, int samples, int classes, T* fused,
-                accumulate_t<T>* weights, cudaStream_t stream) {
+cudaError_t run(const T* logits, const uint8_t* present, int M, int N, int C, T* fused, accumulate_t<T>* weights,
+                cudaStream_t stream) {
   constexpr int kWidth = kAligned ? kVector<T> : 1;
   KernelLimits limits;
   const cudaError_t error = kernel_limits<entropy_fusion_kernel<T, kAligned>, kMaxThreads>(&limits);
   if (error != cudaSuccess) return error;
 
   // Two vectors for each thread, to have more than one load in flight.
-  int64_t threads = round_up(ceil_div(classes, 2 * kWidth), kWarp);
+  int64_t threads = round_up(ceil_div(C, 2 * kWidth), kWarp);
   if (threads > kMaxThreads) threads = kMaxThreads;
   const size_t modality_bytes = threads / kWarp * sizeof(OnlineEntropy<accumulate_t<T>>) + 2 * sizeof(accumulate_t<T>);
-  const size_t parts_bytes = static_cast<size_t>(round_up(modalities * modality_bytes, kVectorBytes));
+  const size_t parts_bytes = static_cast<size_t>(round_up(M * modality_bytes, kVectorBytes));
   if (parts_bytes > limits.shared_bytes) return cudaErrorInvalidValue;
   // Kept rows are read from memory once. Half of the shared memory, so that two blocks share a multiprocessor.
-  const size_t rows_bytes = sizeof(T) * static_cast<size_t>(modalities) * static_cast<size_t>(classes);
+  const size_t rows_bytes = sizeof(T) * static_cast<size_t>(M) * static_cast<size_t>(C);
   const bool keep_rows = parts_bytes + rows_bytes <= limits.shared_bytes / 2;
-  const LaunchShape shape = {static_cast<unsigned>(samples), static_cast<unsigned>(threads),
+  const LaunchShape shape = {static_cast<unsigned>(N), static_cast<unsigned>(threads),
                              parts_bytes + (keep_rows ? rows_bytes : 0)};
-  return launch(entropy_fusion_kernel<T, kAligned>, shape, stream, logits, present, modalities, samples, classes,
-                keep_rows, static_cast<int>(parts_bytes), fused, weights);
+  return launch(entropy_fusion_kernel<T, kAligned>, shape, stream, logits, present, M, N, C, keep_rows,
+                static_cast<int>(parts_bytes), fused, weights);
 }
 
 template <typename T>
-cudaError_t run(const void* logits, const uint8_t* present, int64_t modalities, int64_t samples, int64_t classes,
-                void* fused, void* weights, cudaStream_t stream) {
+cudaError_t run(const void* logits, const uint8_t* present, int64_t M, int64_t N, int64_t C, void* fused, void* weights,
+                cudaStream_t stream) {
   const auto call = [&](auto* kernel_run) {
-    return kernel_run(static_cast<const T*>(logits), present, static_cast<int>(modalities), static_cast<int>(samples),
-                      static_cast<int>(classes), static_cast<T*>(fused), static_cast<accumulate_t<T>*>(weights),
-                      stream);
+    return kernel_run(static_cast<const T*>(logits), present, static_cast<int>(M), static_cast<int>(N),
+                      static_cast<int>(C), static_cast<T*>(fused), static_cast<accumulate_t<T>*>(weights), stream);
   };
-  const bool aligned = classes % kVector<T> == 0 && is_vector_aligned(logits) && is_vector_aligned(fused);
+  const bool aligned = C % kVector<T> == 0 && is_vector_aligned(logits) && is_vector_aligned(fused);
   return aligned ? call(run<T, true>) : call(run<T, false>);
 }
 
 }  // namespace
 
-cudaError_t entropy_fusion(DataType dtype, const void* logits, const uint8_t* present, int64_t modalities,
-                           int64_t samples, int64_t classes, void* fused, void* weights, cudaStream_t stream) {
-  for (const int64_t size : {modalities, samples, classes}) {
+cudaError_t entropy_fusion(DType dtype, const void* logits, const uint8_t* present, int64_t M, int64_t N, int64_t C,
+                           void* fused, void* weights, cudaStream_t stream) {
+  for (const int64_t size : {M, N, C}) {
     if (size < 0 || size > INT_MAX / 2) return cudaErrorInvalidValue;
   }
-  if (modalities == 0 || classes == 0) return cudaErrorInvalidValue;
-  if (samples == 0) return cudaSuccess;
+  if (M == 0 || C == 0) return cudaErrorInvalidValue;
+  if (N == 0) return cudaSuccess;
   switch (dtype) {
-    case DataType::kFloat32:
-      return run<float>(logits, present, modalities, samples, classes, fused, weights, stream);
-    case DataType::kFloat64:
-      return run<double>(logits, present, modalities, samples, classes, fused, weights, stream);
-    case DataType::kFloat16:
-      return run<__half>(logits, present, modalities, samples, classes, fused, weights, stream);
-    case DataType::kBFloat16:
-      return run<__nv_bfloat16>(logits, present, modalities, samples, classes, fused, weights, stream);
+    case DType::Float32:
+      return run<float>(logits, present, M, N, C, fused, weights, stream);
+    case DType::Float64:
+      return run<double>(logits, present, M, N, C, fused, weights, stream);
+    case DType::Float16:
+      return run<__half>(logits, present, M, N, C, fused, weights, stream);
+    case DType::BFloat16:
+      return run<__nv_bfloat16>(logits, present, M, N, C, fused, weights, stream);
   }
   return cudaErrorInvalidValue;
 }

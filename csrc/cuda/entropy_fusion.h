@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "data_type.h"
+#include "arguments.h"
 
 namespace mla_ext::cuda {
 
@@ -14,7 +14,7 @@ namespace mla_ext::cuda {
 /// fused T (N, C); weights λ in the accumulate type (M, N). Device pointers. A row of logits that is absent is not
 /// read. Returns cudaErrorInvalidValue for a size over 2³¹, or for so many modalities (thousands) that shared memory is
 /// short.
-cudaError_t entropy_fusion(DataType dtype, const void* logits, const uint8_t* present, int64_t modalities,
-                           int64_t samples, int64_t classes, void* fused, void* weights, cudaStream_t stream);
+cudaError_t entropy_fusion(DType dtype, const void* logits, const uint8_t* present, int64_t M, int64_t N, int64_t C,
+                           void* fused, void* weights, cudaStream_t stream);
 
 }  // namespace mla_ext::cuda

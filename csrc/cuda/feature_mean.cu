@@ -18,7 +18,7 @@ struct MeanTraits {
 
 template <typename T>
 __global__ void __launch_bounds__(MeanTraits<T>::kThreads)
-    feature_mean_kernel(const T* features, int64_t rows, int64_t columns, int64_t row_stride, accumulate_t<T>* mean) {
+    feature_mean_kernel(const T* features, int64_t N, int64_t s, int64_t row_stride, accumulate_t<T>* mean) {
   using A = accumulate_t<T>;
   using Traits = MeanTraits<T>;
   __shared__ A sums[Traits::kRows][Traits::kColumns];
@@ -27,9 +27,9 @@ __global__ void __launch_bounds__(MeanTraits<T>::kThreads)
   const int thread_row = static_cast<int>(threadIdx.x) / Traits::kColumns;
   const int64_t column = int64_t{blockIdx.x} * Traits::kColumns + thread_column;
   A sum = 0;
-  if (column < columns) {
+  if (column < s) {
 #pragma unroll 8
-    for (int64_t row = thread_row; row < rows; row += Traits::kRows) {
+    for (int64_t row = thread_row; row < N; row += Traits::kRows) {
       sum += to_accumulate(features[row * row_stride + column]);
     }
   }
@@ -39,32 +39,31 @@ __global__ void __launch_bounds__(MeanTraits<T>::kThreads)
     __syncthreads();
     if (thread_row < half) sums[thread_row][thread_column] += sums[thread_row + half][thread_column];
   }
-  if (thread_row == 0 && column < columns) mean[column] = sums[0][thread_column] / static_cast<A>(rows);
+  if (thread_row == 0 && column < s) mean[column] = sums[0][thread_column] / static_cast<A>(N);
 }
 
 template <typename T>
-cudaError_t run(const void* features, int64_t rows, int64_t columns, int64_t row_stride, void* mean,
-                cudaStream_t stream) {
+cudaError_t run(const void* features, int64_t N, int64_t s, int64_t row_stride, void* mean, cudaStream_t stream) {
   using Traits = MeanTraits<T>;
-  const auto blocks = static_cast<unsigned>(ceil_div(columns, Traits::kColumns));
-  return launch(feature_mean_kernel<T>, {blocks, Traits::kThreads}, stream, static_cast<const T*>(features), rows,
-                columns, row_stride, static_cast<accumulate_t<T>*>(mean));
+  const auto blocks = static_cast<unsigned>(ceil_div(s, Traits::kColumns));
+  return launch(feature_mean_kernel<T>, {blocks, Traits::kThreads}, stream, static_cast<const T*>(features), N, s,
+                row_stride, static_cast<accumulate_t<T>*>(mean));
 }
 
 }  // namespace
 
-cudaError_t feature_mean(DataType dtype, const void* features, int64_t rows, int64_t columns, int64_t row_stride,
-                         void* mean, cudaStream_t stream) {
-  if (columns == 0) return cudaSuccess;
+cudaError_t feature_mean(DType dtype, const void* features, int64_t N, int64_t s, int64_t row_stride, void* mean,
+                         cudaStream_t stream) {
+  if (s == 0) return cudaSuccess;
   switch (dtype) {
-    case DataType::kFloat32:
-      return run<float>(features, rows, columns, row_stride, mean, stream);
-    case DataType::kFloat64:
-      return run<double>(features, rows, columns, row_stride, mean, stream);
-    case DataType::kFloat16:
-      return run<__half>(features, rows, columns, row_stride, mean, stream);
-    case DataType::kBFloat16:
-      return run<__nv_bfloat16>(features, rows, columns, row_stride, mean, stream);
+    case DType::Float32:
+      return run<float>(features, N, s, row_stride, mean, stream);
+    case DType::Float64:
+      return run<double>(features, N, s, row_stride, mean, stream);
+    case DType::Float16:
+      return run<__half>(features, N, s, row_stride, mean, stream);
+    case DType::BFloat16:
+      return run<__nv_bfloat16>(features, N, s, row_stride, mean, stream);
   }
   return cudaErrorInvalidValue;
 }

@@ -5,13 +5,13 @@
 
 #include <cstdint>
 
-#include "data_type.h"
+#include "arguments.h"
 
 namespace mla_ext::cuda {
 
-/// Writes the column means of `features`, (rows, columns) with `row_stride` elements from row to row, to `mean`,
-/// (columns) in the accumulate type. Device pointers.
-cudaError_t feature_mean(DataType dtype, const void* features, int64_t rows, int64_t columns, int64_t row_stride,
-                         void* mean, cudaStream_t stream);
+/// Writes the column means h̄ of `features`, (N, s) with `row_stride` elements from row to row, to `mean`,
+/// A (s). Device pointers.
+cudaError_t feature_mean(DType dtype, const void* features, int64_t N, int64_t s, int64_t row_stride, void* mean,
+                         cudaStream_t stream);
 
 }  // namespace mla_ext::cuda

@@ -21,23 +21,21 @@ constexpr int kUpdateThreads = 256;
 template <typename A>
 struct Workspace {
   A* k;           // (s): first, since it is read by vectors
-  A* z;           // (C, s): G P, of the two-launch step
-  A* mean_dot_k;  // (blocks): partial sums of h̄ᵀk
+  A* Z;           // (C, s): G P, of the two-launch step
+  A* h_dot_k;     // (blocks): partial sums of h̄ᵀk
   A* grad_dot_k;  // (C, blocks): partial sums of G k, of the one-launch step
   A* squares;     // (blocks): partial sums of ‖P‖²
   A* first_step;  // 1 or 0, of the two-launch step
 
-  static int64_t max_blocks(int64_t features) { return ceil_div(features, kRowsPerWarp); }
-  static size_t elements(int64_t classes, int64_t features) {
-    return static_cast<size_t>(features + classes * features + max_blocks(features) * (classes + 2) + 1);
-  }
-  Workspace(void* memory, int64_t classes, int64_t features)
+  static int64_t max_blocks(int64_t s) { return ceil_div(s, kRowsPerWarp); }
+  static size_t elements(int64_t C, int64_t s) { return static_cast<size_t>(s + C * s + max_blocks(s) * (C + 2) + 1); }
+  Workspace(void* memory, int64_t C, int64_t s)
       : k(static_cast<A*>(memory)),
-        z(k + features),
-        mean_dot_k(z + classes * features),
-        grad_dot_k(mean_dot_k + max_blocks(features)),
-        squares(grad_dot_k + classes * max_blocks(features)),
-        first_step(squares + max_blocks(features)) {}
+        Z(k + s),
+        h_dot_k(Z + C * s),
+        grad_dot_k(h_dot_k + max_blocks(s)),
+        squares(grad_dot_k + C * max_blocks(s)),
+        first_step(squares + max_blocks(s)) {}
 };
 
 template <typename T>
@@ -47,18 +45,19 @@ struct Arguments {
   T* weight;
   const T* grad;
   A* momentum_buffer;
-  A* projection;
+  A* P;
   const A* feature_mean;
   float* step;
-  const A* projected_grad;  // of the two-launch step
-  int classes;
-  int features;
-  HeadStepScalars scalars;
+  const A* Z;  // of the two-launch step
+  int C, s;
+  Hyperparameters hyper;
+  const float* grad_scale;
+  const float* found_inf;
   Workspace<A> workspace;
 
-  __device__ bool skipped() const { return scalars.found_inf && *scalars.found_inf != 0.0f; }
+  __device__ bool skipped() const { return found_inf && *found_inf != 0.0f; }
   __device__ bool first_step() const { return step && *step == 0.0f; }
-  __device__ A alpha() const { return static_cast<A>(scalars.alpha_ptr ? *scalars.alpha_ptr : scalars.alpha); }
+  __device__ A alpha() const { return static_cast<A>(hyper.alpha_tensor ? *hyper.alpha_tensor : hyper.alpha); }
 };
 
 template <typename A, int kWidth>
@@ -82,9 +81,9 @@ __global__ void __launch_bounds__(ProductTraits<accumulate_t<T>>::kMaxThreads, 1
     head_step_fused_kernel(const Arguments<T> a, const Tiling<T> tiling) {
   using A = accumulate_t<T>;
   constexpr int kWidth = kAligned ? kVector<A> : 1;
-  const int64_t features = a.features;
+  const int64_t s = a.s;
   const int64_t first_row = int64_t{blockIdx.x} * tiling.rows;
-  const int rows = static_cast<int>(min(int64_t{tiling.rows}, features - first_row));
+  const int rows = static_cast<int>(min(int64_t{tiling.rows}, s - first_row));
   const int stride = tiling.row_stride();
   unsigned char* const shared = dynamic_shared_memory();
   A* const p = reinterpret_cast<A*>(shared);
@@ -94,19 +93,19 @@ __global__ void __launch_bounds__(ProductTraits<accumulate_t<T>>::kMaxThreads, 1
 
   // All is read here, before the grid barrier: after it one thread increments the step.
   const bool skipped = a.skipped();
-  const Sgd<T> sgd(a.weight, a.momentum_buffer, a.scalars, a.first_step());
+  const Sgd<T> sgd(a.weight, a.momentum_buffer, a.hyper, a.grad_scale, a.first_step());
   const A alpha = a.alpha();
 
-  multiply<kAligned>(tiling, shared, a.grad, a.feature_mean, a.projection, first_row, rows,
+  multiply<kAligned>(tiling, shared, a.grad, a.feature_mean, a.P, first_row, rows,
                      [&](int row, int c, A value) { z[c * rows + row] = value; });
   if (skipped) return;  // every block does
 
   const bool absorbs = a.feature_mean != nullptr;
-  const bool late = absorbs && a.scalars.absorb_before;  // the gradient waits for P_t
+  const bool late = absorbs && a.hyper.absorb_before;  // the gradient waits for P_t
   const auto step_weights = [&](A divisor) {
-    for (int i = static_cast<int>(threadIdx.x); i < a.classes * rows; i += static_cast<int>(blockDim.x)) {
+    for (int i = static_cast<int>(threadIdx.x); i < a.C * rows; i += static_cast<int>(blockDim.x)) {
       const int c = i / rows;
-      sgd.step(c * features + first_row + (i - c * rows), z[i] / divisor);
+      sgd.step(c * s + first_row + (i - c * rows), z[i] / divisor);
     }
   };
   if (!late) step_weights(A(1));
@@ -117,10 +116,10 @@ __global__ void __launch_bounds__(ProductTraits<accumulate_t<T>>::kMaxThreads, 1
     if (static_cast<int>(threadIdx.x) < rows) a.workspace.k[first_row + lane] = k;
     if (warp_index() == 0) {
       const A sum = warp_sum(lane < rows ? a.feature_mean[first_row + lane] * k : A(0));
-      if (lane == 0) a.workspace.mean_dot_k[blockIdx.x] = sum;
+      if (lane == 0) a.workspace.h_dot_k[blockIdx.x] = sum;
     }
-    for (int c = warp_index(); late && c < a.classes; c += warp_count()) {
-      const A g = lane < rows ? to_accumulate(a.grad[c * features + first_row + lane]) : A(0);
+    for (int c = warp_index(); late && c < a.C; c += warp_count()) {
+      const A g = lane < rows ? to_accumulate(a.grad[c * s + first_row + lane]) : A(0);
       const A sum = warp_sum(g * k);
       if (lane == 0) a.workspace.grad_dot_k[int64_t{c} * gridDim.x + blockIdx.x] = sum;
     }
@@ -129,30 +128,30 @@ __global__ void __launch_bounds__(ProductTraits<accumulate_t<T>>::kMaxThreads, 1
   if (a.step && blockIdx.x == 0 && threadIdx.x == 0) *a.step += 1.0f;
   if (!absorbs) return;
 
-  const RankOne<A> rank_one(alpha + sum_of(a.workspace.mean_dot_k, gridDim.x), a.scalars.forget);
-  if (!rank_one.valid) {  // the same d, so the same answer, in every block
+  const RankOne<A> rank_one(alpha + sum_of(a.workspace.h_dot_k, gridDim.x), a.hyper.forget);
+  if (!rank_one.absorbed) {  // the same d, so the same answer, in every block
     if (late) step_weights(A(1));
     return;
   }
   if (static_cast<int>(threadIdx.x) < rows) own_u[threadIdx.x] = rank_one.scaled(own_k[threadIdx.x]);
   __syncthreads();
   if (late) {
-    for (int c = warp_index(); c < a.classes; c += warp_count()) {
+    for (int c = warp_index(); c < a.C; c += warp_count()) {
       const A g_dot_u = rank_one.scaled(sum_of(a.workspace.grad_dot_k + int64_t{c} * gridDim.x, gridDim.x));
       const int row = lane_index();
       if (row < rows) {
         A& z_c = z[c * rows + row];
-        z_c = rank_one.projected(z_c, to_accumulate(a.grad[c * features + first_row + row]), g_dot_u, own_u[row]);
+        z_c = rank_one.projected(z_c, to_accumulate(a.grad[c * s + first_row + row]), g_dot_u, own_u[row]);
       }
     }
     __syncthreads();
   }
 
-  A* const target = a.projection + first_row * features;
+  A* const target = a.P + first_row * s;
   A norm = 1;
-  if (a.scalars.normalize) {
+  if (a.hyper.normalize) {
     A squares = 0;
-    update_rows<kWidth>(rank_one, p, stride, first_row, rows, a.features, a.workspace.k, own_u,
+    update_rows<kWidth>(rank_one, p, stride, first_row, rows, a.s, a.workspace.k, own_u,
                         [&](int row, int column, const Vector<A, kWidth>& updated) {
                           store(p + row * stride + column, updated);
                           squares += squares_of(updated);
@@ -161,17 +160,16 @@ __global__ void __launch_bounds__(ProductTraits<accumulate_t<T>>::kMaxThreads, 1
     if (threadIdx.x == 0) a.workspace.squares[blockIdx.x] = squares;
     grid_barrier();
     norm = sqrt(sum_of(a.workspace.squares, gridDim.x));
-    for (int column = static_cast<int>(threadIdx.x) * kWidth; column < a.features;
+    for (int column = static_cast<int>(threadIdx.x) * kWidth; column < a.s;
          column += static_cast<int>(blockDim.x) * kWidth) {
       for (int row = 0; row < rows; ++row) {
-        store(target + row * features + column, divided(load<kWidth>(p + row * stride + column), norm));
+        store(target + row * s + column, divided(load<kWidth>(p + row * stride + column), norm));
       }
     }
   } else {
-    update_rows<kWidth>(rank_one, p, stride, first_row, rows, a.features, a.workspace.k, own_u,
-                        [&](int row, int column, const Vector<A, kWidth>& updated) {
-                          store(target + row * features + column, updated);
-                        });
+    update_rows<kWidth>(
+        rank_one, p, stride, first_row, rows, a.s, a.workspace.k, own_u,
+        [&](int row, int column, const Vector<A, kWidth>& updated) { store(target + row * s + column, updated); });
   }
   if (late) step_weights(norm);
 }
@@ -181,9 +179,9 @@ template <typename T, bool kAligned>
 __global__ void __launch_bounds__(kStreamThreads, ProductTraits<accumulate_t<T>>::kStreamBlocks)
     head_step_product_kernel(const Arguments<T> a, const Tiling<T> tiling) {
   using A = accumulate_t<T>;
-  const int64_t features = a.features;
+  const int64_t s = a.s;
   const int64_t first_row = int64_t{blockIdx.x} * tiling.rows;
-  const int rows = static_cast<int>(min(int64_t{tiling.rows}, features - first_row));
+  const int rows = static_cast<int>(min(int64_t{tiling.rows}, s - first_row));
   unsigned char* const shared = dynamic_shared_memory();
   A* const own_k = reinterpret_cast<A*>(shared) + tiling.own_k_offset();
 
@@ -193,10 +191,10 @@ __global__ void __launch_bounds__(kStreamThreads, ProductTraits<accumulate_t<T>>
     *a.workspace.first_step = a.first_step() ? A(1) : A(0);
     *a.step += 1.0f;
   }
-  if (tiling.classes == 0 && !a.feature_mean) return;
+  if (tiling.C == 0 && !a.feature_mean) return;
 
-  multiply<kAligned>(tiling, shared, a.grad, a.feature_mean, a.projection, first_row, rows,
-                     [&](int row, int c, A value) { a.workspace.z[c * features + first_row + row] = value; });
+  multiply<kAligned>(tiling, shared, a.grad, a.feature_mean, a.P, first_row, rows,
+                     [&](int row, int c, A value) { a.workspace.Z[c * s + first_row + row] = value; });
   if (a.feature_mean && warp_index() == 0) {
     const int lane = lane_index();
     A product = 0;
@@ -206,7 +204,7 @@ __global__ void __launch_bounds__(kStreamThreads, ProductTraits<accumulate_t<T>>
       product = a.feature_mean[first_row + lane] * k;
     }
     const A sum = warp_sum(product);
-    if (lane == 0) a.workspace.mean_dot_k[blockIdx.x] = sum;
+    if (lane == 0) a.workspace.h_dot_k[blockIdx.x] = sum;
   }
 }
 
@@ -223,16 +221,15 @@ __global__ void __launch_bounds__(kUpdateThreads) head_step_norm_kernel(const Ar
   using A = accumulate_t<T>;
   constexpr int kWidth = kAligned ? kVector<A> : 1;
   __shared__ A own_u[kUpdateRows];
-  const int64_t features = a.features;
+  const int64_t s = a.s;
   const int64_t first_row = int64_t{blockIdx.x} * kUpdateRows;
-  const int rows = static_cast<int>(min(int64_t{kUpdateRows}, features - first_row));
+  const int rows = static_cast<int>(min(int64_t{kUpdateRows}, s - first_row));
 
   if (a.skipped()) return;
-  const RankOne<A> rank_one(a.alpha() + sum_of(a.workspace.mean_dot_k, product_blocks), a.scalars.forget);
+  const RankOne<A> rank_one(a.alpha() + sum_of(a.workspace.h_dot_k, product_blocks), a.hyper.forget);
   make_own_u(rank_one, a.workspace.k, first_row, rows, own_u);
   A squares = 0;
-  update_rows<kWidth>(rank_one, a.projection + first_row * features, features, first_row, rows, a.features,
-                      a.workspace.k, own_u,
+  update_rows<kWidth>(rank_one, a.P + first_row * s, s, first_row, rows, a.s, a.workspace.k, own_u,
                       [&](int, int, const Vector<A, kWidth>& updated) { squares += squares_of(updated); });
   squares = block_sum(squares);
   if (threadIdx.x == 0) a.workspace.squares[blockIdx.x] = squares;
@@ -245,55 +242,55 @@ __global__ void __launch_bounds__(kUpdateThreads)
   using A = accumulate_t<T>;
   constexpr int kWidth = kAligned ? kVector<A> : 1;
   __shared__ A own_u[kUpdateRows];
-  const int64_t features = a.features;
+  const int64_t s = a.s;
   const A* const k = a.workspace.k;
 
   if (a.skipped()) return;
   const bool absorbs = a.feature_mean != nullptr;
-  const A d = absorbs ? a.alpha() + sum_of(a.workspace.mean_dot_k, product_blocks) : A(0);
-  const RankOne<A> rank_one(d, a.scalars.forget);
+  const A d = absorbs ? a.alpha() + sum_of(a.workspace.h_dot_k, product_blocks) : A(0);
+  const RankOne<A> rank_one(d, a.hyper.forget);
   A norm = 1;
-  if (rank_one.valid && a.scalars.normalize) norm = sqrt(sum_of(a.workspace.squares, update_blocks));
+  if (rank_one.absorbed && a.hyper.normalize) norm = sqrt(sum_of(a.workspace.squares, update_blocks));
 
-  if (static_cast<int>(blockIdx.x) < a.classes) {
-    const int64_t row = blockIdx.x * features;  // of this class, in G, Z and W
-    const bool late = rank_one.valid && a.scalars.absorb_before;
-    const Sgd<T> sgd(a.weight, a.momentum_buffer, a.scalars, a.step && *a.workspace.first_step != A(0));
+  if (static_cast<int>(blockIdx.x) < a.C) {
+    const int64_t row = blockIdx.x * s;  // of this class, in G, Z and W
+    const bool late = rank_one.absorbed && a.hyper.absorb_before;
+    const Sgd<T> sgd(a.weight, a.momentum_buffer, a.hyper, a.grad_scale, a.step && *a.workspace.first_step != A(0));
     A g_dot_u = 0;
     if (late) {
-      for (int i = static_cast<int>(threadIdx.x); i < a.features; i += static_cast<int>(blockDim.x)) {
+      for (int i = static_cast<int>(threadIdx.x); i < a.s; i += static_cast<int>(blockDim.x)) {
         g_dot_u += to_accumulate(a.grad[row + i]) * k[i];
       }
       g_dot_u = rank_one.scaled(block_sum(g_dot_u));
     }
-    for (int i = static_cast<int>(threadIdx.x); i < a.features; i += static_cast<int>(blockDim.x)) {
-      A z = a.projected_grad[row + i];
+    for (int i = static_cast<int>(threadIdx.x); i < a.s; i += static_cast<int>(blockDim.x)) {
+      A z = a.Z[row + i];
       if (late) {
         z = rank_one.projected(z, to_accumulate(a.grad[row + i]), g_dot_u, rank_one.scaled(k[i])) / norm;
       }
       sgd.step(row + i, z);
     }
-  } else if (rank_one.valid) {
-    const int64_t first_row = (int64_t{blockIdx.x} - a.classes) * kUpdateRows;
-    const int rows = static_cast<int>(min(int64_t{kUpdateRows}, features - first_row));
-    A* const p = a.projection + first_row * features;
+  } else if (rank_one.absorbed) {
+    const int64_t first_row = (int64_t{blockIdx.x} - a.C) * kUpdateRows;
+    const int rows = static_cast<int>(min(int64_t{kUpdateRows}, s - first_row));
+    A* const p = a.P + first_row * s;
     make_own_u(rank_one, k, first_row, rows, own_u);
-    update_rows<kWidth>(rank_one, p, features, first_row, rows, a.features, k, own_u,
+    update_rows<kWidth>(rank_one, p, s, first_row, rows, a.s, k, own_u,
                         [&](int row, int column, const Vector<A, kWidth>& updated) {
-                          store(p + row * features + column, a.scalars.normalize ? divided(updated, norm) : updated);
+                          store(p + row * s + column, a.hyper.normalize ? divided(updated, norm) : updated);
                         });
   }
 }
 
 /// How the one-launch step divides its work, or rows = 0 where it cannot: every block keeps its rows of P.
 template <typename T, bool kAligned>
-cudaError_t plan_fused(int classes, int features, Tiling<T>* tiling) {
+cudaError_t plan_fused(int C, int s, Tiling<T>* tiling) {
   using Traits = ProductTraits<accumulate_t<T>>;
-  *tiling = {0, 0, true, classes, features};
+  *tiling = {0, 0, true, C, s};
   KernelLimits limits;
   const cudaError_t error = kernel_limits<head_step_fused_kernel<T, kAligned>, Traits::kMaxThreads>(&limits);
   if (error != cudaSuccess || limits.resident_blocks == 0) return error;
-  const int64_t rows = ceil_div(features, limits.resident_blocks);
+  const int64_t rows = ceil_div(s, limits.resident_blocks);
   if (rows > Traits::kMaxRows) return cudaSuccess;
   tiling->rows = static_cast<int>(rows < kRowsPerWarp ? kRowsPerWarp : rows);
   if (!tiling->fit(kFusedTile, limits.shared_bytes)) tiling->rows = 0;
@@ -302,12 +299,12 @@ cudaError_t plan_fused(int classes, int features, Tiling<T>* tiling) {
 
 template <typename T, bool kAligned>
 cudaError_t run_split(Arguments<T> a, cudaStream_t stream) {
-  const bool given = a.projected_grad != nullptr;
-  if (!given) a.projected_grad = a.workspace.z;
+  const bool given = a.Z != nullptr;
+  if (!given) a.Z = a.workspace.Z;
   const bool absorbs = a.feature_mean != nullptr;
-  Tiling<T> tiling = {kStreamRows, 0, false, given ? 0 : a.classes, a.features};
-  const int64_t product_blocks = absorbs || !given ? ceil_div(a.features, kStreamRows) : 1;
-  const int64_t update_blocks = absorbs ? ceil_div(a.features, kUpdateRows) : 0;
+  Tiling<T> tiling = {kStreamRows, 0, false, given ? 0 : a.C, a.s};
+  const int64_t product_blocks = absorbs || !given ? ceil_div(a.s, kStreamRows) : 1;
+  const int64_t update_blocks = absorbs ? ceil_div(a.s, kUpdateRows) : 0;
   KernelLimits limits;  // raises the kernel's shared memory as well
   cudaError_t error = kernel_limits<head_step_product_kernel<T, kAligned>, kStreamThreads>(&limits);
   if (error != cudaSuccess) return error;
@@ -315,100 +312,101 @@ cudaError_t run_split(Arguments<T> a, cudaStream_t stream) {
 
   const LaunchShape product = {static_cast<unsigned>(product_blocks), kStreamThreads, tiling.shared_bytes()};
   error = launch(head_step_product_kernel<T, kAligned>, product, stream, a, tiling);
-  if (error == cudaSuccess && absorbs && a.scalars.normalize) {
+  if (error == cudaSuccess && absorbs && a.hyper.normalize) {
     error = launch(head_step_norm_kernel<T, kAligned>, {static_cast<unsigned>(update_blocks), kUpdateThreads}, stream,
                    a, product_blocks);
   }
-  if (error != cudaSuccess || a.classes + update_blocks == 0) return error;
-  return launch(head_step_update_kernel<T, kAligned>,
-                {static_cast<unsigned>(a.classes + update_blocks), kUpdateThreads}, stream, a, product_blocks,
-                update_blocks);
+  if (error != cudaSuccess || a.C + update_blocks == 0) return error;
+  return launch(head_step_update_kernel<T, kAligned>, {static_cast<unsigned>(a.C + update_blocks), kUpdateThreads},
+                stream, a, product_blocks, update_blocks);
 }
 
 template <typename T, bool kAligned>
 cudaError_t run(const Arguments<T>& a, cudaStream_t stream) {
-  if (!a.projected_grad) {
+  if (!a.Z) {
     Tiling<T> tiling;
-    const cudaError_t error = plan_fused<T, kAligned>(a.classes, a.features, &tiling);
+    const cudaError_t error = plan_fused<T, kAligned>(a.C, a.s, &tiling);
     if (error != cudaSuccess) return error;
     if (tiling.rows > 0) {
-      const LaunchShape shape = {static_cast<unsigned>(ceil_div(a.features, tiling.rows)),
+      const LaunchShape shape = {static_cast<unsigned>(ceil_div(a.s, tiling.rows)),
                                  static_cast<unsigned>(tiling.threads()), tiling.shared_bytes(), true};
-      return launch(head_step_fused_kernel<T, kAligned>, shape, stream, a, tiling);
+      const cudaError_t launched = launch(head_step_fused_kernel<T, kAligned>, shape, stream, a, tiling);
+      // Another process may hold a part of the device: then fewer blocks fit than were promised.
+      if (launched != cudaErrorCooperativeLaunchTooLarge) return launched;
     }
   }
   return run_split<T, kAligned>(a, stream);
 }
 
 template <typename T>
-cudaError_t run(const HeadStepTensors& tensors, const void* projected_grad, int64_t classes, int64_t features,
-                const HeadStepScalars& scalars, void* workspace, cudaStream_t stream) {
+cudaError_t run(const HeadStep& step, const void* Z, void* workspace, cudaStream_t stream) {
   using A = accumulate_t<T>;
-  const Arguments<T> a = {static_cast<T*>(tensors.weight),
-                          static_cast<const T*>(tensors.grad),
-                          static_cast<A*>(tensors.momentum_buffer),
-                          static_cast<A*>(tensors.projection),
-                          static_cast<const A*>(tensors.feature_mean),
-                          tensors.step,
-                          static_cast<const A*>(projected_grad),
-                          static_cast<int>(classes),
-                          static_cast<int>(features),
-                          scalars,
-                          Workspace<A>(workspace, classes, features)};
+  const Arguments<T> a = {static_cast<T*>(step.weight),
+                          static_cast<const T*>(step.grad),
+                          static_cast<A*>(step.momentum_buffer),
+                          static_cast<A*>(step.projection.base),
+                          static_cast<const A*>(step.feature_mean),
+                          step.step,
+                          static_cast<const A*>(Z),
+                          static_cast<int>(step.C),
+                          static_cast<int>(step.s),
+                          step.hyper,
+                          step.grad_scale,
+                          step.found_inf,
+                          Workspace<A>(workspace, step.C, step.s)};
   // Every row of P, G and h̄ then starts on a vector of its own type.
-  const bool aligned = features % kVector<A> == 0 && features % kVector<T> == 0 && is_vector_aligned(a.grad) &&
-                       is_vector_aligned(a.projection) && is_vector_aligned(a.feature_mean);
+  const bool aligned = step.s % kVector<A> == 0 && step.s % kVector<T> == 0 && is_vector_aligned(a.grad) &&
+                       is_vector_aligned(a.P) && is_vector_aligned(a.feature_mean);
   return aligned ? run<T, true>(a, stream) : run<T, false>(a, stream);
 }
 
-cudaError_t dispatch(DataType dtype, const HeadStepTensors& tensors, const void* projected_grad, int64_t classes,
-                     int64_t features, const HeadStepScalars& scalars, void* workspace, cudaStream_t stream) {
-  const bool has_weights = tensors.weight && tensors.grad;
-  if (classes < 0 || classes > INT_MAX / 2 || features < 0 || features > INT_MAX / 2 || !tensors.projection ||
-      !workspace || !is_vector_aligned(workspace) || (classes > 0 && !has_weights) ||
-      (tensors.momentum_buffer && !tensors.step)) {
+cudaError_t dispatch(const HeadStep& step, const void* Z, void* workspace, cudaStream_t stream) {
+  if (!step.projection.base || step.projection.rows) return cudaErrorNotSupported;
+  const bool has_weights = step.weight && step.grad;
+  if (step.C < 0 || step.C > INT_MAX / 2 || step.s < 0 || step.s > INT_MAX / 2 || !workspace ||
+      !is_vector_aligned(workspace) || (step.C > 0 && !has_weights) || (step.momentum_buffer && !step.step)) {
     return cudaErrorInvalidValue;
   }
-  switch (dtype) {
-    case DataType::kFloat32:
-      return run<float>(tensors, projected_grad, classes, features, scalars, workspace, stream);
-    case DataType::kFloat64:
-      return run<double>(tensors, projected_grad, classes, features, scalars, workspace, stream);
-    case DataType::kFloat16:
-      return run<__half>(tensors, projected_grad, classes, features, scalars, workspace, stream);
-    case DataType::kBFloat16:
-      return run<__nv_bfloat16>(tensors, projected_grad, classes, features, scalars, workspace, stream);
+  switch (step.dtype) {
+    case DType::Float32:
+      return run<float>(step, Z, workspace, stream);
+    case DType::Float64:
+      return run<double>(step, Z, workspace, stream);
+    case DType::Float16:
+      return run<__half>(step, Z, workspace, stream);
+    case DType::BFloat16:
+      return run<__nv_bfloat16>(step, Z, workspace, stream);
   }
   return cudaErrorInvalidValue;
 }
 
 }  // namespace
 
-size_t head_step_workspace_bytes(DataType dtype, int64_t classes, int64_t features) {
-  return accumulate_bytes(dtype) * Workspace<float>::elements(classes, features);
+size_t head_step_workspace_bytes(DType dtype, int64_t C, int64_t s) {
+  return accumulate_bytes(dtype) * Workspace<float>::elements(C, s);
 }
 
-cudaError_t head_step(DataType dtype, const HeadStepTensors& tensors, int64_t classes, int64_t features,
-                      const HeadStepScalars& scalars, void* workspace, cudaStream_t stream) {
-  return dispatch(dtype, tensors, nullptr, classes, features, scalars, workspace, stream);
+cudaError_t head_step(const HeadStep& step, void* workspace, cudaStream_t stream) {
+  return dispatch(step, nullptr, workspace, stream);
 }
 
-cudaError_t head_step_projected(DataType dtype, const HeadStepTensors& tensors, const void* projected_grad,
-                                int64_t classes, int64_t features, const HeadStepScalars& scalars, void* workspace,
-                                cudaStream_t stream) {
-  if (!projected_grad) return cudaErrorInvalidValue;
-  return dispatch(dtype, tensors, projected_grad, classes, features, scalars, workspace, stream);
+cudaError_t head_step_projected(const HeadStep& step, const void* Z, void* workspace, cudaStream_t stream) {
+  if (!Z) return cudaErrorInvalidValue;
+  return dispatch(step, Z, workspace, stream);
 }
 
-cudaError_t rls_update(DataType dtype, void* projection, const void* feature_mean, int64_t features, double alpha,
-                       double forget, bool normalize, void* workspace, cudaStream_t stream) {
-  if (!feature_mean || (dtype != DataType::kFloat32 && dtype != DataType::kFloat64)) return cudaErrorInvalidValue;
-  HeadStepScalars scalars;
-  scalars.alpha = alpha;
-  scalars.forget = forget;
-  scalars.normalize = normalize;
-  const HeadStepTensors tensors = {nullptr, nullptr, nullptr, projection, feature_mean, nullptr};
-  return dispatch(dtype, tensors, nullptr, 0, features, scalars, workspace, stream);  // a head step of no classes
+cudaError_t rls_update(DType dtype, void* projection, const void* feature_mean, int64_t s, double alpha, double forget,
+                       bool normalize, void* workspace, cudaStream_t stream) {
+  if (!feature_mean || (dtype != DType::Float32 && dtype != DType::Float64)) return cudaErrorInvalidValue;
+  HeadStep step = {};  // of no classes
+  step.dtype = dtype;
+  step.s = s;
+  step.projection.base = projection;
+  step.feature_mean = feature_mean;
+  step.hyper.alpha = alpha;
+  step.hyper.forget = forget;
+  step.hyper.normalize = normalize;
+  return dispatch(step, nullptr, workspace, stream);
 }
 
 }  // namespace mla_ext::cuda

@@ -36,24 +36,22 @@ struct Tiling {
   int rows;        // of P in a block
   int tile;        // columns in a stage, a multiple of kMinTile
   bool keep_rows;  // all columns of the rows stay in shared memory; else only a tile at a time
-  int classes;
-  int features;
+  int C;
+  int s;
 
-  __host__ __device__ int row_stride() const {
-    return keep_rows ? static_cast<int>(round_up(features, kVector<A>)) : tile;
-  }
+  __host__ __device__ int row_stride() const { return keep_rows ? static_cast<int>(round_up(s, kVector<A>)) : tile; }
   __host__ __device__ size_t row_stage() const { return keep_rows ? 0 : static_cast<size_t>(rows) * row_stride(); }
-  __host__ __device__ int grad_rows() const { return classes < kClassesPerPass ? classes : kClassesPerPass; }
+  __host__ __device__ int grad_rows() const { return C < kClassesPerPass ? C : kClassesPerPass; }
 
   // In elements of A: P, stages of h̄, own k, own u; then Z where the rows are kept; then in elements of T: stages of G.
-  __host__ __device__ size_t mean_offset() const {
+  __host__ __device__ size_t h_offset() const {
     return static_cast<size_t>(rows) * row_stride() * (keep_rows ? 1 : kStages);
   }
-  __host__ __device__ size_t own_k_offset() const { return mean_offset() + static_cast<size_t>(kStages) * tile; }
+  __host__ __device__ size_t own_k_offset() const { return h_offset() + static_cast<size_t>(kStages) * tile; }
   __host__ __device__ size_t own_u_offset() const { return own_k_offset() + kWarp; }
   __host__ __device__ size_t z_offset() const { return own_u_offset() + kWarp; }
   __host__ __device__ size_t grad_offset_bytes() const {
-    const size_t z_elements = keep_rows ? static_cast<size_t>(classes) * rows : 0;
+    const size_t z_elements = keep_rows ? static_cast<size_t>(C) * rows : 0;
     return static_cast<size_t>(round_up((z_offset() + z_elements) * sizeof(A), kVectorBytes));
   }
   __host__ __device__ size_t shared_bytes() const {
@@ -80,13 +78,14 @@ struct Tiling {
 template <bool kAligned, int kPadding, typename E>
 __device__ inline void copy_rows(E* to, int64_t to_stride, const E* from, int64_t from_stride, int rows, int width) {
   constexpr int kWidth = kAligned ? kVector<E> : 1;
+  const E zero = from_accumulate<E>(0);
   const int padded = static_cast<int>(round_up(width, kPadding));
   for (int row = warp_index(); row < rows; row += warp_count()) {
     E* target = to + row * to_stride;
     const E* source = from + row * from_stride;
     for (int column = lane_index() * kWidth; column < padded; column += kWarp * kWidth) {
       if (!kAligned && column >= width) {
-        target[column] = from_accumulate<E>(0);
+        target[column] = zero;
       } else if constexpr (kWidth * sizeof(E) >= 4) {
         __pipeline_memcpy_async(target + column, source + column, kWidth * sizeof(E));
       } else {
@@ -98,47 +97,45 @@ __device__ inline void copy_rows(E* to, int64_t to_stride, const E* from, int64_
 
 /// Makes columns [first_row, first_row + rows) of Z, and k in own_k (shared memory) where there is a feature mean.
 /// Calls write_z(row, class, value), from one thread each; what that writes and own_k are seen after a barrier.
-/// With classes = 0 it makes k alone.
+/// With C = 0 it makes k alone.
 template <bool kAligned, typename T, typename WriteZ>
-__device__ inline void multiply(const Tiling<T>& tiling, unsigned char* shared, const T* grad,
-                                const accumulate_t<T>* feature_mean, const accumulate_t<T>* projection,
-                                int64_t first_row, int rows, WriteZ write_z) {
+__device__ inline void multiply(const Tiling<T>& tiling, unsigned char* shared, const T* grad, const accumulate_t<T>* h,
+                                const accumulate_t<T>* P, int64_t first_row, int rows, WriteZ write_z) {
   using A = accumulate_t<T>;
   constexpr int kWidth = kVector<A>;
-  const int features = tiling.features;
+  const int s = tiling.s;
   const int tile = tiling.tile;
   const int stride = tiling.row_stride();
   A* const shared_rows = reinterpret_cast<A*>(shared);
-  A* const shared_mean = shared_rows + tiling.mean_offset();
+  A* const shared_h = shared_rows + tiling.h_offset();
   A* const own_k = shared_rows + tiling.own_k_offset();
   T* const shared_grad = reinterpret_cast<T*>(shared + tiling.grad_offset_bytes());
 
-  const int tiles = static_cast<int>(ceil_div(features, tile));
-  const int passes = tiling.classes > kClassesPerPass ? static_cast<int>(ceil_div(tiling.classes, kClassesPerPass)) : 1;
-  const auto classes_in = [&](int pass) { return min(kClassesPerPass, tiling.classes - pass * kClassesPerPass); };
+  const int tiles = static_cast<int>(ceil_div(s, tile));
+  const int passes = tiling.C > kClassesPerPass ? static_cast<int>(ceil_div(tiling.C, kClassesPerPass)) : 1;
+  const auto classes_in = [&](int pass) { return min(kClassesPerPass, tiling.C - pass * kClassesPerPass); };
   const auto rows_at = [&](int step, int begin) {
     return tiling.keep_rows ? shared_rows + begin : shared_rows + (step % kStages) * tiling.row_stage();
   };
   const auto grad_at = [&](int step) {
     return shared_grad + static_cast<size_t>(step % kStages) * tiling.grad_rows() * tile;
   };
-  const auto mean_at = [&](int step) { return shared_mean + (step % kStages) * tile; };
+  const auto h_at = [&](int step) { return shared_h + (step % kStages) * tile; };
 
   const auto start_copy = [&](int step) {
     if (step < passes * tiles) {
       const int pass = step / tiles;
       const int begin = step % tiles * tile;
-      const int width = min(tile, features - begin);
+      const int width = min(tile, s - begin);
       if (pass == 0 || !tiling.keep_rows) {
-        copy_rows<kAligned, kWidth>(rows_at(step, begin), stride, projection + first_row * features + begin, features,
-                                    rows, width);
+        copy_rows<kAligned, kWidth>(rows_at(step, begin), stride, P + first_row * s + begin, s, rows, width);
       }
-      if (tiling.classes > 0) {
-        copy_rows<kAligned, kWidth>(grad_at(step), tile, grad + int64_t{pass} * kClassesPerPass * features + begin,
-                                    features, classes_in(pass), width);
+      if (tiling.C > 0) {
+        copy_rows<kAligned, kWidth>(grad_at(step), tile, grad + int64_t{pass} * kClassesPerPass * s + begin, s,
+                                    classes_in(pass), width);
       }
-      if (pass == 0 && feature_mean) {
-        copy_rows<kAligned, kWidth>(mean_at(step), tile, feature_mean + begin, features, 1, width);
+      if (pass == 0 && h) {
+        copy_rows<kAligned, kWidth>(h_at(step), tile, h + begin, s, 1, width);
       }
     }
     __pipeline_commit();  // an empty one too: the wait below counts them
@@ -146,7 +143,7 @@ __device__ inline void multiply(const Tiling<T>& tiling, unsigned char* shared, 
 
   const int row = warp_index() * kRowsPerWarp;  // this warp's first
   A sums[kWarp];                                // of [row][class]
-  A mean_sums[kRowsPerWarp] = {};
+  A k_sums[kRowsPerWarp] = {};
   start_copy(0);
   for (int step = 0; step < passes * tiles; ++step) {
     const int pass = step / tiles;
@@ -164,19 +161,19 @@ __device__ inline void multiply(const Tiling<T>& tiling, unsigned char* shared, 
 #pragma unroll
       for (int r = 0; r < kRowsPerWarp; ++r) p[r] = rows_at(step, begin) + min(row + r, rows - 1) * stride;
       const T* g = grad_at(step);
-      const A* mean = mean_at(step);
-      const bool with_mean = pass == 0 && feature_mean;
-      const int width = min(tile, features - begin);
+      const A* h_tile = h_at(step);
+      const bool with_h = pass == 0 && h;
+      const int width = min(tile, s - begin);
       for (int column = lane_index() * kWidth; column < width; column += kWarp * kWidth) {
         Vector<A, kWidth> row_vector[kRowsPerWarp];
 #pragma unroll
         for (int r = 0; r < kRowsPerWarp; ++r) row_vector[r] = load<kWidth>(p[r] + column);
-        if (with_mean) {
-          const Vector<A, kWidth> x = load<kWidth>(mean + column);
+        if (with_h) {
+          const Vector<A, kWidth> x = load<kWidth>(h_tile + column);
 #pragma unroll
           for (int r = 0; r < kRowsPerWarp; ++r) {
 #pragma unroll
-            for (int i = 0; i < kWidth; ++i) mean_sums[r] += row_vector[r].at[i] * x.at[i];
+            for (int i = 0; i < kWidth; ++i) k_sums[r] += row_vector[r].at[i] * x.at[i];
           }
         }
 #pragma unroll
@@ -192,17 +189,17 @@ __device__ inline void multiply(const Tiling<T>& tiling, unsigned char* shared, 
           }
         }
       }
-      if (begin + tile >= features) {  // the pass is complete
+      if (begin + tile >= s) {  // the pass is complete
         if (classes > 0) {
           const A z = warp_sum_scattered(sums);
           const int r = lane_index() / kClassesPerPass;
           const int c = lane_index() % kClassesPerPass;
           if (c < classes && row + r < rows) write_z(row + r, pass * kClassesPerPass + c, z);
         }
-        if (with_mean) {
+        if (with_h) {
 #pragma unroll
           for (int r = 0; r < kRowsPerWarp; ++r) {
-            const A k = warp_sum(mean_sums[r]);
+            const A k = warp_sum(k_sums[r]);
             if (lane_index() == 0 && row + r < rows) own_k[row + r] = k;
           }
         }

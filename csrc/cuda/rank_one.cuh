@@ -7,18 +7,18 @@ namespace mla_ext::cuda {
 
 template <typename A>
 struct RankOne {
-  A sign;    // of d: rounding can make P slightly indefinite, and the signed update then mends it
-  A root;    // √|d|
-  A keep;    // 1 − ρ
-  A forget;  // ρ
-  bool valid;
+  A sign;         // of d: rounding can make P slightly indefinite, and the signed update then corrects it
+  A root;         // √|d|
+  A keep;         // 1 − ρ
+  A forget;       // ρ
+  bool absorbed;  // false: a d that is 0, infinite or NaN leaves P as it is
 
-  __device__ RankOne(A d, double rate)
+  __device__ RankOne(A d, double rho)
       : sign(d < A(0) ? A(-1) : A(1)),
         root(sqrt(fabs(d))),
-        keep(static_cast<A>(1.0 - rate)),
-        forget(static_cast<A>(rate)),
-        valid(isfinite(d) && d != A(0)) {}
+        keep(static_cast<A>(1.0 - rho)),
+        forget(static_cast<A>(rho)),
+        absorbed(isfinite(d) && d != A(0)) {}
 
   /// u = k / √|d|, so that u uᵀ is symmetric to the last bit.
   __device__ A scaled(A k) const { return k / root; }
@@ -39,9 +39,9 @@ struct RankOne {
 /// own_u[row] = u of the rows. All threads of the block call.
 template <int kWidth, typename A, typename Visit>
 __device__ inline void update_rows(const RankOne<A>& rank_one, const A* p, int64_t stride, int64_t first_row, int rows,
-                                   int features, const A* k, const A* own_u, Visit visit) {
+                                   int s, const A* k, const A* own_u, Visit visit) {
   constexpr int kBatch = 4;  // loads in flight: visit() may store to P, so the compiler cannot move later loads up
-  for (int column = static_cast<int>(threadIdx.x) * kWidth; column < features;
+  for (int column = static_cast<int>(threadIdx.x) * kWidth; column < s;
        column += static_cast<int>(blockDim.x) * kWidth) {
     Vector<A, kWidth> u = load<kWidth>(k + column);
 #pragma unroll

@@ -1,7 +1,7 @@
 // torch.optim.SGD for one element, eq. 6: momentum, weight decay and the step, after the projection.
 #pragma once
 
-#include "head_step.h"
+#include "arguments.h"
 #include "numeric.cuh"
 
 namespace mla_ext::cuda {
@@ -15,16 +15,16 @@ struct Sgd {
   A lr, momentum, undamped, weight_decay, grad_scale;
   bool nesterov, maximize, first_step;
 
-  __device__ Sgd(T* weight, A* momentum_buffer, const HeadStepScalars& scalars, bool first_step)
+  __device__ Sgd(T* weight, A* momentum_buffer, const Hyperparameters& hyper, const float* grad_scale, bool first_step)
       : weight(weight),
         momentum_buffer(momentum_buffer),
-        lr(static_cast<A>(scalars.lr_ptr ? *scalars.lr_ptr : scalars.lr)),
-        momentum(static_cast<A>(scalars.momentum)),
-        undamped(static_cast<A>(1.0 - scalars.dampening)),
-        weight_decay(static_cast<A>(scalars.weight_decay)),
-        grad_scale(scalars.grad_scale ? static_cast<A>(*scalars.grad_scale) : A(1)),
-        nesterov(scalars.nesterov),
-        maximize(scalars.maximize),
+        lr(static_cast<A>(hyper.lr_tensor ? *hyper.lr_tensor : hyper.lr)),
+        momentum(static_cast<A>(hyper.momentum)),
+        undamped(static_cast<A>(1.0 - hyper.dampening)),
+        weight_decay(static_cast<A>(hyper.weight_decay)),
+        grad_scale(grad_scale ? static_cast<A>(*grad_scale) : A(1)),
+        nesterov(hyper.nesterov),
+        maximize(hyper.maximize),
         first_step(first_step) {}
 
   /// Steps the element at `index` with z, the projected gradient.
@@ -39,7 +39,8 @@ struct Sgd {
       momentum_buffer[index] = b;
       g = nesterov ? g + momentum * b : b;
     }
-    weight[index] = from_accumulate<T>(w - lr * g);
+    const T stepped = from_accumulate<T>(w - lr * g);
+    weight[index] = stepped;
   }
 };
 

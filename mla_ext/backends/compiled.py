@@ -6,8 +6,11 @@ import torch
 from torch import Tensor
 
 from .. import _fakes, _library
-from ..pending import Pending
-from ..reference import Hyperparameters
+from ..projection import Projection
+from ..step import HeadStep
+from .base import Backend
+
+__all__ = ["Compiled"]
 
 if _library.load_error is None:
     _fakes.register()
@@ -15,66 +18,59 @@ if _library.load_error is None:
     _feature_mean = torch.ops.mla_ext.feature_mean.default
     _rls_update_ = torch.ops.mla_ext.rls_update_.default
     _head_step_ = torch.ops.mla_ext.head_step_.default
-    _fold_ = torch.ops.mla_ext.fold_.default
+    _settle_ = torch.ops.mla_ext.settle_.default
     _entropy_fusion = torch.ops.mla_ext.entropy_fusion.default
 
 
-def feature_mean(features: Tensor) -> Tensor:
-    return _feature_mean(features)
+class Compiled(Backend):
+    """All but where it runs."""
 
+    def feature_mean(self, features: Tensor) -> Tensor:
+        mean: Tensor = _feature_mean(features)
+        return mean
 
-def rls_update_(projection: Tensor, feature_mean: Tensor, alpha: float, forget: float, normalize: bool) -> None:
-    _rls_update_(projection, feature_mean, float(alpha), float(forget), normalize)
+    def rls_update_(
+        self, projection: Tensor, feature_mean: Tensor, alpha: float | Tensor, forget: float | Tensor, normalize: bool
+    ) -> None:
+        _rls_update_(projection, feature_mean, float(alpha), float(forget), normalize)
 
+    def head_step_(self, step: HeadStep) -> None:
+        hyper, P = step.hyper, step.projection
+        lr, lr_tensor = _number_or_tensor(hyper.lr, step.weight.device)
+        alpha, alpha_tensor = _number_or_tensor(hyper.alpha, step.weight.device)
+        _head_step_(
+            step.weight,
+            step.grad,
+            step.momentum_buffer,
+            P.base,
+            P.beta,
+            P.rows,
+            P.count,
+            step.feature_mean,
+            step.step,
+            lr,
+            float(hyper.momentum),
+            float(hyper.dampening),
+            float(hyper.weight_decay),
+            hyper.nesterov,
+            hyper.maximize,
+            alpha,
+            float(hyper.forget),
+            hyper.absorb == "before",
+            hyper.normalize,
+            step.grad_scale,
+            step.found_inf,
+            lr_tensor,
+            alpha_tensor,
+        )
 
-def head_step_(
-    weight: Tensor,
-    grad: Tensor,
-    momentum_buffer: Tensor | None,
-    projection: Tensor,
-    feature_mean: Tensor | None,
-    step: Tensor,
-    hyper: Hyperparameters,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    pending: Pending | None = None,
-    factors: tuple[Tensor, Tensor] | None = None,
-) -> None:
-    """Only the CPU kernels take `pending` and `factors`, features (N, s) and output_grad (N, C) of grad."""
-    lr, lr_tensor = _number_or_tensor(hyper.lr, weight.device)
-    alpha, alpha_tensor = _number_or_tensor(hyper.alpha, weight.device)
-    _head_step_(
-        weight,
-        grad,
-        momentum_buffer,
-        projection,
-        feature_mean,
-        step,
-        lr,
-        float(hyper.momentum),
-        float(hyper.dampening),
-        float(hyper.weight_decay),
-        hyper.nesterov,
-        hyper.maximize,
-        alpha,
-        hyper.absorb == "before",
-        hyper.normalize,
-        float(hyper.forget),
-        grad_scale,
-        found_inf,
-        lr_tensor,
-        alpha_tensor,
-        *((None, None) if pending is None else (pending.rows, pending.count)),
-        *((None, None) if factors is None else factors),
-    )
+    def settle_(self, projection: Projection) -> None:
+        if projection.rows is not None and projection.base is not None:
+            _settle_(projection.base, None, projection.rows, projection.count)
 
-
-def fold_(projection: Tensor, pending: Pending) -> None:
-    _fold_(projection, pending.rows, pending.count)
-
-
-def entropy_fusion(logits: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
-    return _entropy_fusion(logits, present)
+    def entropy_fusion(self, logits: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
+        fused, weights = _entropy_fusion(logits, present)
+        return fused, weights
 
 
 def _number_or_tensor(value: float | Tensor, device: torch.device) -> tuple[float, Tensor | None]:

@@ -6,33 +6,49 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..reference import Hyperparameters, entropy_fusion, feature_mean
+from ..step import HeadStep
+from .base import Backend
 
-__all__ = ["entropy_fusion", "feature_mean", "head_step_", "rls_update_", "unusable"]
-
-
-def unusable(device: torch.device) -> str | None:
-    return None
+__all__ = ["Reference"]
 
 
-def rls_update_(projection: Tensor, feature_mean: Tensor, alpha: float, forget: float, normalize: bool) -> None:
-    projection.copy_(reference.rls_update(projection, feature_mean, alpha, forget, normalize))
+class Reference(Backend):
+    name = "reference"
+    preference = 10
 
+    def unusable(self, device: torch.device) -> str | None:
+        return None
 
-def head_step_(
-    weight: Tensor,
-    grad: Tensor,
-    momentum_buffer: Tensor | None,
-    projection: Tensor,
-    feature_mean: Tensor | None,
-    step: Tensor,
-    hyper: Hyperparameters,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-) -> None:
-    if grad_scale is not None:
-        grad = grad.to(projection.dtype) / grad_scale
-    after = reference.head_step(weight, grad, momentum_buffer, projection, feature_mean, step, hyper)
-    for old, new in zip((weight, momentum_buffer, projection, step), (*after, step + 1), strict=True):
-        if old is not None:
-            old.copy_(new if found_inf is None else torch.where(found_inf != 0, old, new))
+    def feature_mean(self, features: Tensor) -> Tensor:
+        return reference.feature_mean(features)
+
+    def rls_update_(
+        self, projection: Tensor, feature_mean: Tensor, alpha: float | Tensor, forget: float | Tensor, normalize: bool
+    ) -> None:
+        projection.copy_(reference.rls_update(projection, feature_mean, alpha, forget, normalize))
+
+    def head_step_(self, step: HeadStep) -> None:
+        P = step.projection
+        like = P.base if P.base is not None else P.beta
+        assert like is not None
+        grad = step.grad if step.grad_scale is None else step.grad.to(like.dtype) / step.grad_scale
+        before, after = (step.weight, grad, step.momentum_buffer), (step.feature_mean, step.step, step.hyper)
+        changes: list[tuple[Tensor | None, Tensor | None]] = [(step.step, step.step + 1)]
+        if P.base is not None:
+            self.settle_(P)
+            weight, momentum_buffer, base = reference.head_step(*before, P.base, *after)
+            changes += [(P.base, base)]
+        else:
+            assert P.beta is not None and P.rows is not None and P.count is not None
+            capacity = len(P.rows)
+            weight, momentum_buffer, beta, K = reference.rank_head_step(
+                *before, P.beta, P.rows[: int(P.count)], capacity, *after
+            )
+            rows = torch.cat([K, K.new_zeros(capacity - len(K), K.shape[1])])
+            changes += [(P.beta, beta), (P.rows, rows), (P.count, torch.full_like(P.count, len(K)))]
+        for old, made in [*changes, (step.weight, weight), (step.momentum_buffer, momentum_buffer)]:
+            if old is not None and made is not None:
+                old.copy_(made if step.found_inf is None else torch.where(step.found_inf != 0, old, made))
+
+    def entropy_fusion(self, logits: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
+        return reference.entropy_fusion(logits, present)

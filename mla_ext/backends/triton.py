@@ -12,13 +12,55 @@ import os
 import torch
 from torch import Tensor
 
-from ..reference import Hyperparameters
+from ..step import HeadStep
+from .base import Backend
+from .reference import Reference
+
+__all__ = ["Triton"]
 
 
-def unusable(device: torch.device) -> str | None:
-    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
-        return "Triton compiles for GPUs; for tests its interpreter, TRITON_INTERPRET=1, takes CPU tensors too"
-    return _unusable(device.type)
+class Triton(Backend):
+    name = "triton"
+    preference = 20
+
+    def unusable(self, device: torch.device) -> str | None:
+        if device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
+            return "Triton compiles for GPUs; for tests its interpreter, TRITON_INTERPRET=1, takes CPU tensors too"
+        return _unusable(device.type)
+
+    def feature_mean(self, features: Tensor) -> Tensor:
+        from .. import triton_kernels
+
+        return triton_kernels.feature_mean(features)
+
+    def rls_update_(
+        self, projection: Tensor, feature_mean: Tensor, alpha: float | Tensor, forget: float | Tensor, normalize: bool
+    ) -> None:
+        from .. import triton_kernels
+
+        triton_kernels.rls_update_(projection, feature_mean, alpha, forget, normalize)
+
+    def head_step_(self, step: HeadStep) -> None:
+        from .. import triton_kernels
+
+        if step.projection.base is None:  # the rank form, which the kernels cannot do yet
+            return Reference().head_step_(step)
+        triton_kernels.head_step_(
+            step.weight,
+            step.grad,
+            step.momentum_buffer,
+            step.projection.base,
+            step.feature_mean,
+            step.step,
+            step.hyper,
+            step.grad_scale,
+            step.found_inf,
+        )
+
+    def entropy_fusion(self, logits: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
+        from .. import triton_kernels
+
+        return triton_kernels.entropy_fusion(logits, present)
 
 
 @functools.cache
@@ -34,41 +76,3 @@ def _unusable(device_type: str) -> str | None:
     except (ImportError, RuntimeError) as failure:  # a broken installation, or no driver
         return f"Triton cannot be used here ({failure})"
     return None if device_type == target else f"Triton compiles for {target} tensors here"
-
-
-def feature_mean(features: Tensor) -> Tensor:
-    from .. import triton_kernels
-
-    return triton_kernels.feature_mean(features)
-
-
-def rls_update_(
-    projection: Tensor, feature_mean: Tensor, alpha: float | Tensor, forget: float | Tensor, normalize: bool
-) -> None:
-    from .. import triton_kernels
-
-    triton_kernels.rls_update_(projection, feature_mean, alpha, forget, normalize)
-
-
-def head_step_(
-    weight: Tensor,
-    grad: Tensor,
-    momentum_buffer: Tensor | None,
-    projection: Tensor,
-    feature_mean: Tensor | None,
-    step: Tensor,
-    hyper: Hyperparameters,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-) -> None:
-    from .. import triton_kernels
-
-    triton_kernels.head_step_(
-        weight, grad, momentum_buffer, projection, feature_mean, step, hyper, grad_scale, found_inf
-    )
-
-
-def entropy_fusion(logits: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
-    from .. import triton_kernels
-
-    return triton_kernels.entropy_fusion(logits, present)

@@ -157,8 +157,6 @@ def _train_epoch(
         optimizer.step()
         losses.append(loss.detach())
         bar.update()
-    if isinstance(optimizer, ProjectedSGD):
-        optimizer.settle()  # also where no checkpoint is written: its rounding is the same then
 
     sums: dict[str, float] = {}
     counts: dict[str, int] = {}

@@ -26,6 +26,6 @@ def number_or_pointer(value: float | Tensor, device: torch.device) -> tuple[floa
     return (0.0, value) if value.device == device else (value.item(), None)
 
 
-def on(device: torch.device) -> AbstractContextManager:
+def on(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on the current device."""
     return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)

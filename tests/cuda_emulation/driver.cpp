@@ -1,10 +1,11 @@
 // Runs kernels on the emulated device: `driver INPUT OUTPUT`. INPUT is a sequence of calls, each
 //   int64 operation, device, seed; int64 count and as many int64 arguments; int64 count and as many double arguments;
-//   int64 count of arrays, each: int64 bytes (-1: a null pointer), int64 offset (bytes past 16-byte alignment), data.
+//   int64 count of arrays, each: int64 bytes (-1: a null pointer), int64 offset (bytes past an aligned address), data.
 // OUTPUT gets for each call int64 error, launches; then every array's data again: what was not to change must not have.
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
+#include <new>
 #include <string>
 #include <vector>
 
@@ -12,7 +13,9 @@
 #include "entropy_fusion.h"
 #include "feature_mean.h"
 #include "head_step.h"
+#include "recorder.h"
 
+using namespace mla_ext;
 using namespace mla_ext::cuda;
 
 namespace {
@@ -35,31 +38,40 @@ std::vector<T> read_vector(std::FILE* file) {
 
 /// Memory of exactly the given size, so that AddressSanitizer sees every access beyond it.
 struct Array {
-  std::unique_ptr<unsigned char[]> memory;
+  static constexpr std::align_val_t kAlignment{256};  // as cudaMalloc's
+  struct Free {
+    void operator()(unsigned char* data) const {
+      if (emulation::recorder) emulation::recorder->free(data);
+      ::operator delete[](data, kAlignment);
+    }
+  };
+  std::unique_ptr<unsigned char[], Free> memory;
   unsigned char* data = nullptr;
   size_t bytes = 0;
 
-  Array(size_t bytes, size_t offset)
-      : memory(new unsigned char[bytes + offset]), data(memory.get() + offset), bytes(bytes) {
+  Array(size_t bytes, size_t offset, int number)
+      : memory(new (kAlignment) unsigned char[bytes + offset]), data(memory.get() + offset), bytes(bytes) {
     std::memset(data, 0xff, bytes);  // NaN
+    if (emulation::recorder) emulation::recorder->allocate(memory.get(), bytes + offset, number);
   }
   Array() = default;
 };
 
-Array read_array(std::FILE* file) {
+Array read_array(std::FILE* file, int number) {
   int64_t header[2];
   if (!read(file, header, 2)) std::abort();
   if (header[0] < 0) return {};
-  Array array(static_cast<size_t>(header[0]), static_cast<size_t>(header[1]));
+  Array array(static_cast<size_t>(header[0]), static_cast<size_t>(header[1]), number);
   if (!read(file, array.data, array.bytes)) std::abort();
   return array;
 }
 
-/// The t-th of `steps` equal parts of an array, as memory of its own.
-Array part(const Array& array, int64_t t, int64_t steps, size_t offset = 0) {
+/// The t-th of `steps` equal parts of the array of that number, as memory of its own.
+Array part(const std::vector<Array>& arrays, int number, int64_t t, int64_t steps, size_t offset = 0) {
+  const Array& array = arrays[static_cast<size_t>(number)];
   if (!array.data) return {};
   const size_t bytes = array.bytes / static_cast<size_t>(steps);
-  Array result(bytes, offset);
+  Array result(bytes, offset, number);
   std::memcpy(result.data, array.data + static_cast<size_t>(t) * bytes, bytes);
   return result;
 }
@@ -67,36 +79,42 @@ Array part(const Array& array, int64_t t, int64_t steps, size_t offset = 0) {
 const float* as_float(const Array& array) { return reinterpret_cast<const float*>(array.data); }
 
 /// Several steps in a row. Arrays: weight, momentum_buffer, P, step; then, with one for each step: grad, h̄, lr, alpha,
-/// grad_scale, found_inf, Z.
+/// grad_scale, found_inf, Z; and K, which the CUDA kernels do not take.
 cudaError_t head_steps(const std::vector<int64_t>& n, const std::vector<double>& x, const std::vector<Array>& a) {
-  const DataType dtype = static_cast<DataType>(n[0]);
-  const int64_t classes = n[1], features = n[2], steps = n[3];
-  HeadStepScalars scalars;
-  scalars.nesterov = n[4];
-  scalars.maximize = n[5];
-  scalars.absorb_before = n[6];
-  scalars.normalize = n[7];
+  HeadStep step = {};
+  step.dtype = static_cast<DType>(n[0]);
+  step.C = n[1];
+  step.s = n[2];
+  step.weight = a[0].data;
+  step.momentum_buffer = a[1].data;
+  step.projection.base = a[2].data;
+  step.projection.rows = a[11].data;
+  step.step = reinterpret_cast<float*>(a[3].data);
+  step.hyper.nesterov = n[4];
+  step.hyper.maximize = n[5];
+  step.hyper.absorb_before = n[6];
+  step.hyper.normalize = n[7];
+  step.hyper.lr = x[0];
+  step.hyper.momentum = x[1];
+  step.hyper.dampening = x[2];
+  step.hyper.weight_decay = x[3];
+  step.hyper.alpha = x[4];
+  step.hyper.forget = x[5];
+  const int64_t steps = n[3];
   const size_t grad_offset = static_cast<size_t>(n[8]);
-  scalars.lr = x[0];
-  scalars.momentum = x[1];
-  scalars.dampening = x[2];
-  scalars.weight_decay = x[3];
-  scalars.alpha = x[4];
-  scalars.forget = x[5];
   for (int64_t t = 0; t < steps; ++t) {
-    const Array workspace(head_step_workspace_bytes(dtype, classes, features), 0);
-    const Array grad = part(a[4], t, steps, grad_offset), mean = part(a[5], t, steps), lr = part(a[6], t, steps);
-    const Array alpha = part(a[7], t, steps), scale = part(a[8], t, steps), inf = part(a[9], t, steps);
-    const Array z = part(a[10], t, steps);
-    scalars.lr_ptr = as_float(lr);
-    scalars.alpha_ptr = as_float(alpha);
-    scalars.grad_scale = as_float(scale);
-    scalars.found_inf = as_float(inf);
-    const HeadStepTensors tensors = {a[0].data, grad.data, a[1].data,
-                                     a[2].data, mean.data, reinterpret_cast<float*>(a[3].data)};
+    const Array workspace(head_step_workspace_bytes(step.dtype, step.C, step.s), 0, emulation::kWorkspace);
+    const Array grad = part(a, 4, t, steps, grad_offset), mean = part(a, 5, t, steps), lr = part(a, 6, t, steps);
+    const Array alpha = part(a, 7, t, steps), scale = part(a, 8, t, steps), inf = part(a, 9, t, steps);
+    const Array Z = part(a, 10, t, steps);
+    step.grad = grad.data;
+    step.feature_mean = mean.data;
+    step.hyper.lr_tensor = as_float(lr);
+    step.hyper.alpha_tensor = as_float(alpha);
+    step.grad_scale = as_float(scale);
+    step.found_inf = as_float(inf);
     const cudaError_t error =
-        z.data ? head_step_projected(dtype, tensors, z.data, classes, features, scalars, workspace.data, nullptr)
-               : head_step(dtype, tensors, classes, features, scalars, workspace.data, nullptr);
+        Z.data ? head_step_projected(step, Z.data, workspace.data, nullptr) : head_step(step, workspace.data, nullptr);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
@@ -104,12 +122,12 @@ cudaError_t head_steps(const std::vector<int64_t>& n, const std::vector<double>&
 
 cudaError_t call(int64_t operation, const std::vector<int64_t>& n, const std::vector<double>& x,
                  const std::vector<Array>& a) {
-  const DataType dtype = static_cast<DataType>(n[0]);
+  const DType dtype = static_cast<DType>(n[0]);
   switch (operation) {
     case kFeatureMean:
       return feature_mean(dtype, a[0].data, n[1], n[2], n[3], a[1].data, nullptr);
     case kRlsUpdate: {
-      const Array workspace(head_step_workspace_bytes(dtype, 0, n[1]), 0);
+      const Array workspace(head_step_workspace_bytes(dtype, 0, n[1]), 0, emulation::kWorkspace);
       return rls_update(dtype, a[0].data, a[1].data, n[1], x[0], x[1], n[2], workspace.data, nullptr);
     }
     case kHeadStep:
@@ -134,7 +152,7 @@ int main(int argc, char** argv) {
     int64_t count = 0;
     if (!read(input, &count, 1)) return 2;
     std::vector<Array> arrays;
-    for (int64_t i = 0; i < count; ++i) arrays.push_back(read_array(input));
+    for (int64_t i = 0; i < count; ++i) arrays.push_back(read_array(input, static_cast<int>(i)));
     emulation::use_device(static_cast<int>(header[1]), static_cast<uint64_t>(header[2]));
     const int64_t error = call(header[0], integers, reals, arrays);
     const int64_t outcome[2] = {error, emulation::launches()};

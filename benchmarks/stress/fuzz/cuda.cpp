@@ -18,19 +18,8 @@ const int64_t largest_size = 140, no_classes = 0, variants = 5;
 
 namespace {
 
-cuda::DataType of(DType dtype) {
-  switch (dtype) {
-    case DType::Float32:
-      return cuda::DataType::kFloat32;
-    case DType::Float64:
-      return cuda::DataType::kFloat64;
-    case DType::BFloat16:
-      return cuda::DataType::kBFloat16;
-    case DType::Float16:
-      return cuda::DataType::kFloat16;
-  }
-  std::abort();
-}
+static_assert(int(DType::BFloat16) == int(mla_ext::DType::BFloat16));
+mla_ext::DType of(DType dtype) { return static_cast<mla_ext::DType>(dtype); }
 
 void expect_success(cudaError_t error) {
   if (error == cudaSuccess) return;
@@ -58,30 +47,36 @@ void rls_update(DType accumulate, const RlsUpdate& u) {
 void head_step(DType dtype, const HeadStep& step) {
   const float lr = static_cast<float>(step.lr), alpha = static_cast<float>(step.rls.alpha);
   const float found_inf = step.found_inf;
-  cuda::HeadStepScalars scalars;
-  scalars.lr = step.lr;
-  scalars.momentum = step.momentum;
-  scalars.dampening = step.dampening;
-  scalars.weight_decay = step.weight_decay;
-  scalars.alpha = step.rls.alpha;
-  scalars.forget = step.rls.forget;
-  scalars.nesterov = step.nesterov;
-  scalars.maximize = step.maximize;
-  scalars.absorb_before = step.absorb_before;
-  scalars.normalize = step.rls.normalize;
-  scalars.grad_scale = &step.grad_scale;
+  mla_ext::HeadStep arguments = {};
+  arguments.dtype = of(dtype);
+  arguments.C = step.C;
+  arguments.s = step.rls.s;
+  arguments.weight = step.weight;
+  arguments.grad = step.grad;
+  arguments.momentum_buffer = step.momentum_buffer;
+  arguments.projection.base = step.rls.projection;
+  arguments.feature_mean = step.rls.feature_mean;
+  arguments.step = step.step;
+  arguments.grad_scale = &step.grad_scale;
+  mla_ext::Hyperparameters& hyper = arguments.hyper;
+  hyper.lr = step.lr;
+  hyper.momentum = step.momentum;
+  hyper.dampening = step.dampening;
+  hyper.weight_decay = step.weight_decay;
+  hyper.alpha = step.rls.alpha;
+  hyper.forget = step.rls.forget;
+  hyper.nesterov = step.nesterov;
+  hyper.maximize = step.maximize;
+  hyper.absorb_before = step.absorb_before;
+  hyper.normalize = step.rls.normalize;
   if (step.scalars_from_memory) {
-    scalars.lr_ptr = &lr;
-    scalars.alpha_ptr = &alpha;
-    scalars.found_inf = &found_inf;
+    hyper.lr_tensor = &lr;
+    hyper.alpha_tensor = &alpha;
+    arguments.found_inf = &found_inf;
   }
-  const cuda::HeadStepTensors tensors = {step.weight,           step.grad, step.momentum_buffer, step.rls.projection,
-                                         step.rls.feature_mean, step.step};
   const auto memory = workspace(dtype, step.C, step.rls.s);
-  expect_success(step.projected_grad
-                     ? cuda::head_step_projected(of(dtype), tensors, step.projected_grad, step.C, step.rls.s, scalars,
-                                                 memory.get(), nullptr)
-                     : cuda::head_step(of(dtype), tensors, step.C, step.rls.s, scalars, memory.get(), nullptr));
+  expect_success(step.projected_grad ? cuda::head_step_projected(arguments, step.projected_grad, memory.get(), nullptr)
+                                     : cuda::head_step(arguments, memory.get(), nullptr));
 }
 
 void entropy_fusion(DType dtype, const EntropyFusion& f) {

@@ -96,7 +96,7 @@ def build_cpu(
 def build_cuda(directory: Path, compiler: Compiler, flags: Sequence[str]) -> Path:
     """The program that fuzzes csrc/cuda on the emulated devices."""
     directory.mkdir(parents=True, exist_ok=True)
-    flags = (*flags, f"-I{harness.HERE / 'include'}", f"-I{harness.KERNELS}", f"-I{HERE}")
+    flags = (*flags, f"-I{harness.HERE / 'include'}", f"-I{harness.KERNELS}", f"-I{harness.CSRC}", f"-I{HERE}")
     sources = [*harness.KERNELS.glob("*.cu"), harness.HERE / "emulation.cpp"]
     objects = [compiler.compile(source, directory / f"{source.stem}.o", flags) for source in sources]
     return _finish(directory, compiler, flags, "cuda", objects)

@@ -1,0 +1,61 @@
+"""What a backend is. A file beside this one that defines a complete `Backend` adds one; nothing else is needed."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..projection import Projection
+from ..reference import Hyperparameters
+from ..step import HeadStep
+
+__all__ = ["Backend"]
+
+
+class Backend(ABC):
+    """The operations of `mla_ext.reference`, in place. Arguments are checked and contiguous when they get here.
+
+    name: what users write as `backend=`. preference: "auto" takes the usable backend that has the highest.
+    """
+
+    name: ClassVar[str]
+    preference: ClassVar[int] = 0
+
+    @abstractmethod
+    def unusable(self, device: torch.device) -> str | None:
+        """Why it cannot run for tensors on `device`; None where it can."""
+
+    def deferral(self, C: int, s: int, hyper: Hyperparameters) -> int:
+        """How many updates of a dense P are best kept as rows before they are folded into it; 0: none."""
+        return 0
+
+    def rank(self, s: int) -> int | None:
+        """The rows of the rank form that `rank="auto"` takes for s features; None: a dense P is cheaper."""
+        return None
+
+    @abstractmethod
+    def feature_mean(self, features: Tensor) -> Tensor:
+        """h̄ (s,) of features (N, s)."""
+
+    @abstractmethod
+    def rls_update_(
+        self, projection: Tensor, feature_mean: Tensor, alpha: float | Tensor, forget: float | Tensor, normalize: bool
+    ) -> None:
+        """A dense P (s, s) absorbs h̄ (s,)."""
+
+    @abstractmethod
+    def head_step_(self, step: HeadStep) -> None:
+        """One step of a head."""
+
+    def settle_(self, projection: Projection) -> None:
+        """Fold the rows of a dense P into its matrix. P stays the same."""
+        if projection.base is not None and projection.count is not None:
+            projection.base.copy_(projection.dense())
+            projection.count.zero_()
+
+    @abstractmethod
+    def entropy_fusion(self, logits: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Fused logits (N, C) and weights (M, N) of logits (M, N, C)."""

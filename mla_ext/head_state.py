@@ -1,0 +1,106 @@
+"""The state of a projected weight. All of it lies in optimizer.state[weight], so that every copy of that is whole.
+
+"base", "beta", "rows", "count": the parts of its `Projection`. "momentum_buffer": (C, s). All in float32, float64 for
+float64 weights. "step": the updates that the momentum buffer has seen.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends import Backend
+from .checks import describe, fits, has_momentum
+from .projection import Projection
+from .reference import Hyperparameters, accumulate_dtype
+
+__all__ = ["check", "dtypes_of", "form_of", "get_projection", "has_projection", "prepare", "set_projection"]
+
+PARTS = ("base", "beta", "rows", "count")
+BEFORE_0_2 = "projection"  # what "base" was called, when it was the whole of P
+
+
+def has_projection(state: dict[str, Any]) -> bool:
+    return "base" in state or "beta" in state or BEFORE_0_2 in state
+
+
+def get_projection(state: dict[str, Any]) -> Projection | None:
+    """The projection in a state, or None where there is none."""
+    if not has_projection(state):
+        return None
+    return Projection(state.get("base", state.get(BEFORE_0_2)), *(state.get(name) for name in PARTS[1:]))
+
+
+def set_projection(state: dict[str, Any], projection: Projection) -> None:
+    state.pop(BEFORE_0_2, None)
+    for name in PARTS:
+        part = getattr(projection, name)
+        if part is None:
+            state.pop(name, None)
+        else:
+            state[name] = part
+
+
+def check(state: dict[str, Any], weight: Tensor) -> None:
+    """Raises ValueError for a saved projection that does not fit `weight`."""
+    wanted = {"base": 2 * weight.shape[1:], BEFORE_0_2: 2 * weight.shape[1:], "rows": ("R", *weight.shape[1:])}
+    for name, shape in wanted.items():
+        tensor = state.get(name)
+        if tensor is not None and not fits(tensor.shape, shape):
+            raise ValueError(
+                f"state_dict: expected a projection for {describe(weight)}, got {describe(tensor)} as {name}"
+            )
+
+
+def form_of(group: dict[str, Any], s: int, backend: Backend) -> int | None:
+    """The rows R of the rank form that a new P (s, s) gets; None: dense, which is the smaller one with R >= s."""
+    rank = group["rank"]
+    if rank == "auto":
+        rank = None if group["normalize"] else backend.rank(s)
+    return None if rank is None or rank >= s else rank
+
+
+def dtypes_of(weight: Tensor) -> dict[str, torch.dtype]:
+    """The dtype of each entry, whatever that of the weight."""
+    dtype = accumulate_dtype(weight.dtype)
+    floats = dict.fromkeys(("base", BEFORE_0_2, "beta", "rows", "momentum_buffer"), dtype)
+    return {**floats, "count": torch.int64, "step": torch.float32}
+
+
+def prepare(
+    state: dict[str, Any], weight: Tensor, group: dict[str, Any], hyper: Hyperparameters, backend: Backend
+) -> Projection:
+    """Make what a step of `weight` needs and `state` lacks, and bring all to the weight's device. P keeps its value."""
+    dtype, device, (C, s) = accumulate_dtype(weight.dtype), weight.device, weight.shape
+    for name, wanted in dtypes_of(weight).items():
+        tensor = state.get(name)
+        if tensor is not None and (tensor.dtype != wanted or tensor.device != device):  # the model was converted
+            state[name] = tensor.to(device, wanted)
+    momentum_buffer = state.get("momentum_buffer")
+    if "step" not in state:  # with a momentum buffer it has stepped as a plain parameter before
+        state["step"] = torch.full((), float(momentum_buffer is not None), dtype=torch.float32, device=device)
+    if has_momentum(hyper.momentum) and momentum_buffer is None:
+        state["momentum_buffer"] = torch.zeros_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
+        state["step"].zero_()
+
+    P = get_projection(state)
+    deferred = backend.deferral(C, s, hyper)
+    if P is None:
+        P = Projection.identity(s, form_of(group, s, backend), deferred, dtype, device)
+    elif P.base is not None and (P.rows is None) != (deferred == 0):
+        if P.rows is not None:
+            backend.settle_(P)
+            P = Projection(P.base)
+        else:
+            P = Projection(
+                P.base,
+                None,
+                torch.zeros(deferred, s, dtype=dtype, device=device),
+                torch.zeros((), dtype=torch.int64, device=device),
+            )
+    elif BEFORE_0_2 not in state:
+        return P
+    set_projection(state, P)
+    return P

@@ -1,0 +1,57 @@
+"""What load_state_dict of an optimizer with projections does beside torch's own work."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends, head_state
+
+__all__ = ["read", "restore"]
+
+
+def read(
+    param_groups: list[dict[str, Any]], state_dict: dict[str, Any]
+) -> tuple[dict[str, Any], dict[Tensor, dict[str, Any]]]:
+    """The state_dict to load into these groups, and what it holds for each parameter.
+
+    Hyperparameters that the saved groups lack, as torch.optim.SGD's do, stay what they are here. Raises ValueError for
+    a projection that does not fit its weight.
+    """
+    saved_groups = state_dict["param_groups"]
+    if len(saved_groups) == len(param_groups):
+        completed = [
+            {name: value for name, value in ours.items() if name != "params"} | theirs
+            for ours, theirs in zip(param_groups, saved_groups, strict=True)
+        ]
+        state_dict = {**state_dict, "param_groups": completed}
+    ids = [index for group in saved_groups for index in group["params"]]
+    params = [param for group in param_groups for param in group["params"]]
+    saved = {param: state_dict["state"].get(i, {}) for i, param in zip(ids, params, strict=False)}
+    for param, state in saved.items():
+        head_state.check(state, param)
+    return state_dict, saved
+
+
+def restore(
+    states: MutableMapping[Tensor, dict[str, Any]],
+    param: Tensor,
+    saved: dict[str, Any],
+    group: dict[str, Any],
+    backend: str,
+) -> None:
+    """Give a projected weight the state that was saved: torch casts it to the weight's dtype, and copies nothing."""
+    if head_state.get_projection(saved) is None:
+        return
+    state = states[param]
+    for name, dtype in head_state.dtypes_of(param).items():
+        if saved.get(name) is not None:
+            state[name] = torch.as_tensor(saved[name]).to(param.device, dtype, copy=True)
+    P = head_state.get_projection(state)
+    assert P is not None
+    if group["rank"] != "auto":
+        P = P.with_rank(head_state.form_of(group, param.shape[1], backends.choose(backend, param.device)))
+    head_state.set_projection(state, P)

@@ -1,0 +1,157 @@
+"""The step of the parameters without a projection: torch.optim.SGD's, on CPUs in one pass with the same bits."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+from torch.optim.sgd import sgd
+
+from . import _library
+
+_kernel = getattr(_library.module, "plain_sgd", None)
+
+
+def plain_step(
+    state: MutableMapping[Tensor, dict[str, Any]],
+    group: dict[str, Any],
+    params: list[Tensor],
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """Steps `params`, which all have a gradient, exactly as torch.optim.SGD does with the options of `group`.
+
+    d ← g + λw, b ← μb + (1−τ)d (at first b ← d), w ← w − ηb; with Nesterov's momentum w ← w − η(d + μb).
+
+    Dense tensors of float32 and float64 in CPU memory take one pass of a compiled kernel, unless the group asks for
+    `foreach` or `fused`. All others take PyTorch's own code; on GPUs its fused kernel, unless the group asks otherwise.
+
+    Args:
+        state: the optimizer's state. "momentum_buffer" is kept as torch.optim.SGD keeps it.
+        group: the parameter group, with the hyperparameters.
+        grad_scale, found_inf: of torch.amp.GradScaler, with one element each. Gradients are divided by the scale, as
+            GradScaler leaves them; where `found_inf` is not 0 nothing changes.
+    """
+    if not params:
+        return
+    buffers = [state.get(param, {}).get("momentum_buffer") for param in params] if _has_momentum(group) else []
+    grads: list[Any] = [param.grad for param in params]
+    fused = _takes_fused(group, params, grads, found_inf is not None)
+    is_new = [buffer is None for buffer in buffers]
+    is_first = any(is_new)
+    if is_first and not all(is_new) and (fused or not group["foreach"]):  # foreach has a way of its own for a mixture
+        for new in (False, True):
+            some = [param for param, its in zip(params, is_new, strict=True) if its is new]
+            plain_step(state, group, some, grad_scale, found_inf)
+        return
+
+    # Nobody waits for a GPU, except where the fused kernel would leave new buffers uninitialised.
+    if found_inf is not None and (is_first or not fused) and found_inf.item():
+        return
+    if fused:
+        _step_by_torch(group, params, grads, buffers, True, grad_scale, found_inf)
+    else:
+        scale = 1.0 if grad_scale is None else grad_scale.item()
+        if not _step_in_kernel(group, params, grads, buffers, is_first, scale):
+            if scale != 1:
+                grads = [grad / scale for grad in grads]
+            _step_by_torch(group, params, grads, buffers, False, None, None)
+            if scale != 1:
+                for param, grad in zip(params, grads, strict=True):
+                    param.grad = grad
+    if is_first:
+        for param, buffer in zip(params, buffers, strict=True):
+            state[param]["momentum_buffer"] = buffer
+
+
+def _takes_fused(group: dict[str, Any], params: list[Tensor], grads: list[Tensor], scaled: bool) -> bool:
+    """Whether PyTorch's fused kernel makes the step. Only that one reads scale, overflow and lr where they are."""
+    if group["fused"]:
+        return True
+    if torch.compiler.is_compiling():
+        return scaled and not any(grad.is_sparse for grad in grads)
+    if not params[0].is_cuda:
+        return False
+    takes = all(p.is_cuda and p.is_floating_point() and not g.is_sparse for p, g in zip(params, grads, strict=True))
+    return takes and (scaled or group["capturable"] or (group["foreach"] is None and group["fused"] is None))
+
+
+def _step_in_kernel(
+    group: dict[str, Any],
+    params: list[Tensor],
+    grads: list[Tensor],
+    buffers: list[Tensor | None],
+    is_first: bool,
+    scale: float,
+) -> bool:
+    """Makes the step in the compiled kernel. False, and nothing has changed, where that cannot.
+
+    Fills `buffers` in the first step.
+    """
+    if _kernel is None or group["foreach"] or torch.compiler.is_compiling() or (fma := _add_is_fma()) is None:
+        return False
+    new_buffers = [torch.empty_like(param) for param in params] if is_first else buffers
+    increment_version(params)  # as any in-place op does; what autograd saved is then known to be stale
+    done: bool = _kernel(
+        params,
+        grads,
+        new_buffers,
+        is_first,
+        group["lr"],
+        group["momentum"],
+        group["dampening"],
+        group["weight_decay"],
+        group["nesterov"],
+        group["maximize"],
+        scale,
+        fma,
+    )
+    if done:
+        buffers[:] = new_buffers
+    return done
+
+
+def _step_by_torch(
+    group: dict[str, Any],
+    params: list[Tensor],
+    grads: list[Tensor],
+    buffers: list[Tensor | None],
+    fused: bool,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    sgd(
+        params,
+        grads,
+        buffers,
+        has_sparse_grad=any(grad.is_sparse for grad in grads),
+        foreach=None if fused else group["foreach"],
+        fused=True if fused else group["fused"],
+        grad_scale=grad_scale,
+        found_inf=found_inf,
+        weight_decay=group["weight_decay"],
+        momentum=group["momentum"],
+        lr=group["lr"],
+        dampening=group["dampening"],
+        nesterov=group["nesterov"],
+        maximize=group["maximize"],
+    )
+
+
+@cache
+def _add_is_fma() -> bool | None:
+    """Whether torch.add(c, a, alpha=b) rounds a·b + c once on this CPU; None if it differs from element to element."""
+    found = set()
+    for dtype, h in ((torch.float32, 2.0**-13), (torch.float64, 2.0**-27)):
+        a = torch.full((67,), 1 + h, dtype=dtype, device="cpu")
+        square = torch.full_like(a, 1 + 2 * h)  # (1 + h)², rounded
+        found |= {rest == h * h for rest in torch.add(-square, a, alpha=1 + h).tolist()}
+    return found.pop() if len(found) == 1 else None
+
+
+def _has_momentum(group: dict[str, Any]) -> bool:
+    return isinstance(group["momentum"], Tensor) or group["momentum"] != 0

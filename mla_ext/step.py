@@ -1,0 +1,32 @@
+"""One step of a shared head, as data: what goes whole from the optimizer through the op layer to a backend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .projection import Projection
+from .reference import Hyperparameters
+
+__all__ = ["HeadStep"]
+
+
+@dataclass(slots=True)
+class HeadStep:
+    """W ← W − γ · SGD(G P), then P absorbs h̄ (eq. 4-6); in place on weight, momentum_buffer, projection and step.
+
+    weight W and grad G (C, s); momentum_buffer (C, s) or None without momentum; projection P; feature_mean h̄ (s,) or
+    None when there is nothing to absorb; step, 0-d float32, the updates that momentum_buffer has seen; grad_scale, one
+    float32 that divides G; found_inf, one float32: unless it is 0 nothing changes.
+    """
+
+    weight: Tensor
+    grad: Tensor
+    momentum_buffer: Tensor | None
+    projection: Projection
+    feature_mean: Tensor | None
+    step: Tensor
+    hyper: Hyperparameters
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None

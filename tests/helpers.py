@@ -1,0 +1,42 @@
+"""What several test files need: random tensors, a small network and its batches, a training loop, other processes."""
+
+import os
+import subprocess
+
+import torch
+from torch import nn
+
+
+def randn(*shape, dtype=torch.float32, device="cpu", seed=0):
+    """Drawn in float64, so that every dtype gets the same numbers, rounded."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(device, dtype)
+
+
+def network(seed=0, dtype=torch.float32, classes=3):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, classes)).to(dtype)
+
+
+def batch(seed, n=4, dtype=torch.float32, device=None, classes=3):
+    generator, device = torch.Generator("cpu").manual_seed(seed), device or torch.get_default_device()
+    x = torch.randn(n, 5, generator=generator, device="cpu")
+    y = torch.randint(classes, (n,), generator=generator, device="cpu")
+    return x.to(device, dtype), y.to(device)
+
+
+def train(model, optimizer, steps, scheduler=None, first=0, forward=None):
+    """Steps `first` to `first + steps` on a batch each; `forward` stands in for calling the model."""
+    forward, device = model if forward is None else forward, next(model.parameters()).device
+    for t in range(first, first + steps):
+        x, y = batch(t, device=device)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(forward(x), y).backward()
+        optimizer.step()
+        if scheduler:
+            scheduler.step()
+
+
+def run(*command, cwd=None, **environment):
+    """Runs a command without what the caller's environment may say about Python, Triton and this package."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("MLA_EXT_", "PYTHON", "TRITON_"))}
+    return subprocess.run(list(map(str, command)), env=inherited | environment, cwd=cwd, capture_output=True, text=True)

@@ -1,0 +1,102 @@
+"""Every file in examples/ runs and does what it is there to show."""
+
+import importlib.util
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).parents[1] / "examples"
+
+
+def needs(library):
+    return pytest.mark.skipif(importlib.util.find_spec(library) is None, reason=f"needs {library}")
+
+
+def run(name):
+    """Runs examples/`name`.py in this process, which has torch already; returns its variables."""
+    with torch.random.fork_rng(devices=[]):
+        return runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
+
+
+def test_each_is_tested_and_short():
+    names = {path.stem for path in FOLDER.iterdir() if path.suffix == ".py"}
+    source = Path(__file__).read_text(encoding="utf-8")
+    assert len(names) >= 7 and {name for name in names if f'"{name}"' not in source} == set()
+    assert [n for n in names if len((FOLDER / f"{n}.py").read_text(encoding="utf-8").splitlines()) > 60] == []
+    assert [name for name in names if importlib.util.find_spec(name) is not None] == []  # shadows no library
+
+
+def test_drop_in(capsys):
+    shown = run("drop_in")
+    assert shown["accuracy"] > 0.9
+    assert shown["eigenvalues"].min() < 0.5
+    assert "accuracy" in capsys.readouterr().out
+
+
+def test_whole_method():
+    shown = run("whole_method")
+    fused = shown["report"].fusions["entropy"]
+    assert fused.accuracy > 0.85 and fused.samples == 120
+    assert shown["report"].modalities["image"].samples == 80
+    assert len(shown["history"]) == 5
+    assert shown["prediction"].weights.sum() == pytest.approx(1)
+
+
+def test_checkpoint():
+    shown = run("checkpoint")
+    assert shown["same"]
+    weight, other = shown["model"][2].weight, shown["other_model"][2].weight
+    assert not torch.equal(weight, shown["saved"]["model"]["2.weight"])  # the run did go on
+    P = shown["optimizer"].projection(weight)
+    assert torch.equal(P, shown["other_optimizer"].projection(other))
+    assert (P - torch.eye(64)).norm() > 1
+
+
+def test_ddp():
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, FOLDER / "ddp.py"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    assert line.endswith("P equal on all 2 ranks: True")
+    assert float(line.partition("accuracy ")[2].partition(";")[0]) > 0.9
+
+
+def test_ddp_says_how_it_is_started():
+    with pytest.raises(SystemExit, match="torchrun --nproc-per-node 2"):
+        run("ddp")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_cuda_graph_without_a_gpu(capsys):
+    with pytest.raises(SystemExit) as end:
+        run("cuda_graph")
+    assert not end.value.code
+    assert "no GPU here" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_cuda_graph():
+    shown = run("cuda_graph")
+    assert shown["accuracy"] > 0.9
+    assert shown["moved"] > 1
+    assert float(shown["optimizer"].param_groups[0]["lr"]) == pytest.approx(0.0005)
+
+
+@pytest.mark.filterwarnings("ignore")  # the libraries' own
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("lightning_module", marks=needs("lightning")),
+        pytest.param("accelerate_loop", marks=needs("accelerate")),
+    ],
+)
+def test_in_a_framework(name):
+    shown = run(name)
+    assert shown["accuracy"] > 0.9
+    assert shown["moved"] > 1
