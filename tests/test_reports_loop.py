@@ -1,5 +1,6 @@
 """What other people's reports found in the loop: what `fit` and `evaluate` promise holds for any encoder and split."""
 
+import copy
 import dataclasses
 import enum
 import json
@@ -25,7 +26,7 @@ class View(nn.Module):
 
     def __init__(self, shape, *layers):
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(int(np.prod(shape)), 8), *layers)
+        self.layers = nn.Sequential(nn.Linear(int(np.prod(shape)), 8), *copy.deepcopy(layers))
 
     def forward(self, x):
         return self.layers(x.view(x.size(0), -1))

@@ -110,7 +110,8 @@ class SharedHeadModel(MultimodalModel):
         if order == "reversed":
             turns.reverse()
         elif order == "random":
-            turns = [turns[i] for i in torch.randperm(len(turns), generator=generator, device=generator.device).tolist()]
+            drawn = torch.randperm(len(turns), generator=generator, device=generator.device)
+            turns = [turns[i] for i in drawn.tolist()]
         rounds = max(len(b) for b in batches.values())
         return [Step((m,), batches[m][i]) for i in range(rounds) for m in turns if i < len(batches[m])]
 
