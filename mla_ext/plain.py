@@ -13,6 +13,8 @@ from torch.optim.sgd import sgd
 
 from . import _library
 
+__all__ = ["plain_step"]
+
 _kernel = getattr(_library.module, "plain_sgd", None)
 
 
