@@ -1,8 +1,8 @@
-"""The step of the parameters without a projection: torch.optim.SGD's, on CPUs in one compiled pass with the same bits."""
+"""The step of parameters without a projection: torch.optim.SGD's, on CPUs in one compiled pass with the same bits."""
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from functools import cache
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch.autograd.graph import increment_version
 from torch.optim.sgd import sgd
 
 from . import _library
+from .checks import describe
 
 _kernel = getattr(_library.module, "plain_sgd", None)
 
@@ -68,6 +69,18 @@ def plain_step(
             state[param]["momentum_buffer"] = buffer
 
 
+def check_plain_step(state: Mapping[Tensor, dict[str, Any]], group: dict[str, Any], params: list[Tensor]) -> None:
+    """Raises what would make a step of `params` fail halfway: TypeError for a gradient, ValueError for a buffer."""
+    for param in params:
+        grad = param.grad
+        if grad is not None and grad.is_sparse and (group["fused"] or group["weight_decay"] != 0):
+            raise TypeError(f"grad: expected a dense tensor with weight_decay or fused=True, got {describe(grad)}")
+    for param in params if _has_momentum(group) else ():
+        buffer = state[param].get("momentum_buffer")
+        if buffer is not None and (buffer.shape != param.shape or buffer.device != param.device):
+            raise ValueError(f"momentum_buffer: expected one for {describe(param)}, got {describe(buffer)}")
+
+
 def _takes_fused(group: dict[str, Any], params: list[Tensor], grads: list[Tensor], scaled: bool) -> bool:
     """Whether PyTorch's fused kernel makes the step. Only that one reads scale, overflow and lr where they are."""
     if group["fused"]:
@@ -88,7 +101,7 @@ def _step_in_kernel(
     is_first: bool,
     scale: float,
 ) -> bool:
-    """Makes the step in the compiled kernel, if that can; if not, nothing changes. Fills `buffers` in the first step."""
+    """Makes the step in the compiled kernel, if that can; if not, nothing changes. Fills `buffers` the first time."""
     if _kernel is None or group["foreach"] or torch.compiler.is_compiling() or (fma := _add_is_fma()) is None:
         return False
     new_buffers = [torch.empty_like(param) for param in params] if is_first else buffers
