@@ -170,7 +170,7 @@ class ProjectedSGD(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of every parameter that has a gradient; returns the closure's loss, if there is one."""
-        initialized = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        initialized = torch.cuda.is_initialized()
         capturing = initialized and torch.cuda.is_current_stream_capturing()
         if capturing and not all(group["capturable"] for group in self.param_groups):
             raise RuntimeError("capturable: expected True in every parameter group to capture a step, got False")

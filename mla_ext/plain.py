@@ -1,4 +1,4 @@
-"""The step of parameters without a projection: torch.optim.SGD's, on CPUs in one compiled pass with the same bits."""
+"""The step of the parameters without a projection: torch.optim.SGD's, on CPUs in one pass with the same bits."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from torch.optim.sgd import sgd
 
 from . import _library
 from .checks import describe
+
+__all__ = ["plain_step"]
 
 _kernel = getattr(_library.module, "plain_sgd", None)
 
@@ -39,17 +41,17 @@ def plain_step(
     """
     if not params:
         return
-    buffers = [state[param].get("momentum_buffer") for param in params] if _has_momentum(group) else []
+    buffers = [state.get(param, {}).get("momentum_buffer") for param in params] if _has_momentum(group) else []
+    grads: list[Any] = [param.grad for param in params]
+    fused = _takes_fused(group, params, grads, found_inf is not None)
     is_new = [buffer is None for buffer in buffers]
     is_first = any(is_new)
-    if is_first and not all(is_new):
+    if is_first and not all(is_new) and (fused or not group["foreach"]):  # foreach has a way of its own for a mixture
         for new in (False, True):
             some = [param for param, its in zip(params, is_new, strict=True) if its is new]
             plain_step(state, group, some, grad_scale, found_inf)
         return
 
-    grads = [param.grad for param in params]
-    fused = _takes_fused(group, params, grads, found_inf is not None)
     # Nobody waits for a GPU, except where the fused kernel would leave new buffers uninitialised.
     if found_inf is not None and (is_first or not fused) and found_inf.item():
         return
@@ -101,12 +103,15 @@ def _step_in_kernel(
     is_first: bool,
     scale: float,
 ) -> bool:
-    """Makes the step in the compiled kernel, if that can; if not, nothing changes. Fills `buffers` the first time."""
+    """Makes the step in the compiled kernel. False, and nothing has changed, where that cannot.
+
+    Fills `buffers` in the first step.
+    """
     if _kernel is None or group["foreach"] or torch.compiler.is_compiling() or (fma := _add_is_fma()) is None:
         return False
     new_buffers = [torch.empty_like(param) for param in params] if is_first else buffers
     increment_version(params)  # as any in-place op does; what autograd saved is then known to be stale
-    done = _kernel(
+    done: bool = _kernel(
         params,
         grads,
         new_buffers,

@@ -21,6 +21,9 @@ __all__ = [
     "feature_mean",
     "head_step",
     "rank_compress",
+    "rank_head_step",
+    "rank_product",
+    "rank_update",
     "rls_update",
 ]
 

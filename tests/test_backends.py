@@ -97,3 +97,17 @@ def test_an_unknown_name_is_refused_in_the_same_words_everywhere():
     ):
         with pytest.raises(ValueError, match=r"backend: expected 'auto' or one of 'cpu', .*, got 'gpu'"):
             call()
+
+
+def test_the_optimizer_loads_no_data_or_training_module():
+    code = "import sys; from mla_ext import ProjectedSGD; print(*sorted(sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "mla_ext.optimizer" in loaded
+    assert not [name for name in loaded if name.startswith(("mla_ext.multimodal", "mla_ext.triton_kernels"))]
+
+
+def test_every_public_name_is_there():
+    assert {name for name in mla_ext.__all__ if getattr(mla_ext, name, None) is None} == set()
+    assert set(mla_ext.__all__) <= set(dir(mla_ext))
+    with pytest.raises(AttributeError, match="no attribute 'ProjectedSDG'"):
+        mla_ext.ProjectedSDG  # noqa: B018

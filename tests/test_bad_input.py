@@ -236,7 +236,7 @@ def test_weights_that_cannot_be_projected():
 def test_the_raw_ops_check_what_they_touch():
     step = torch.ops.mla_ext.head_step_
     rest = (0.1, 0.0, 0.0, 0.0, False, False, 0.1, 0.0, False, False, None, None)
-    with pytest.raises(RuntimeError, match="projection: the shape does not fit"):
+    with pytest.raises(RuntimeError, match="base: the shape does not fit"):
         step(ones(2, 3), ones(2, 3), None, torch.eye(4), *4 * (None,), torch.zeros(()), *rest)
     with pytest.raises(RuntimeError, match="grad: the shape does not fit"):
         step(ones(2, 3), ones(3, 2), None, torch.eye(3), *4 * (None,), torch.zeros(()), *rest)

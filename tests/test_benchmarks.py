@@ -33,11 +33,16 @@ def test_a_cycle_pays_for_what_its_steps_put_off():
     assert all(a != b for a, b in itertools.pairwise(turns))
 
 
+def test_percentiles_of_few_samples_lie_among_them():
+    timing_of_two = timing._summary([1.0, 3.0], 1)
+    assert (timing_of_two.median, timing_of_two.p20, timing_of_two.p80) == pytest.approx((2.0, 1.4, 2.6))
+
+
 def test_what_is_too_slow_is_named_with_the_reason():
-    candidates = {"slow": timing.Candidate(lambda: time.sleep(0.05)), "quick": timing.Candidate(lambda: None)}
-    timings, skipped = timing.time_interleaved(candidates, 0.1, "cpu")
+    candidates = {"slow": timing.Candidate(lambda: time.sleep(0.5)), "quick": timing.Candidate(lambda: None)}
+    timings, skipped = timing.time_interleaved(candidates, 1, "cpu")
     assert list(timings) == ["quick"]
-    assert "a call takes 0.05" in skipped["slow"]
+    assert "a call takes 0.5" in skipped["slow"]
     assert "free" in head_step.hindrance(10**7, 6, 5, 7, 4, 1e12, 4, "cpu")
     assert "budget is 80 s" in head_step.hindrance(4096, 1000, 5, 7, 4, 1e9, 4, "cpu")
     assert not head_step.hindrance(128, 6, 5, 7, 4, 1e12, 4, "cpu")
@@ -52,6 +57,50 @@ def test_peak_memory_counts_what_is_held_at_once():
 def test_the_models_of_one_step():
     assert head_step.traffic(10, 3, torch.float32, torch.float32) == 4 * (2 * 100 + 5 * 30 + 10)
     assert head_step.flop(10, 3) == 2 * 3 * 100 + 4 * 100
+
+
+def test_the_forms_of_p_that_are_timed():
+    assert head_step.ours("cpu", 6, 128)["mla_ext cpu, rank 64"] == ("cpu", {"rank": 64}, 32)
+    forms = head_step.ours("cpu", 6, 64)  # no larger than its rank: dense forms only
+    assert list(forms) == ["mla_ext cpu", "mla_ext cpu, deferred"]
+    rows = forms["mla_ext cpu, deferred"][1]["deferred"]
+    dense, deferred, rank = (
+        baselines.make_state(6, 128, "cpu", **form) for form in ({}, {"deferred": rows}, {"rank": 64})
+    )
+    assert deferred.nbytes - dense.nbytes == 4 * rows * 128
+    assert rank.nbytes - dense.nbytes == 4 * (64 * 128 - 128 * 128)
+
+
+def test_a_head_step_is_checked_timed_and_weighed(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda f, **options: f)
+    row = head_step.measure(20, 3, "cpu", torch.float32, 1e12, 1.0)
+    names = {"released", "best", "compiled", *head_step.ours("cpu", 3, 20)}
+    assert row.memory.keys() == names and {"copy of P", "bare G P"} | names == row.timings.keys() | row.skipped.keys()
+    assert row.memory["released"] > row.memory["best"] > 4 * (20 * 20 + 3 * 3 * 20)
+
+
+def test_where_no_dense_p_fits_the_rank_form_is_timed_alone(monkeypatch):
+    name = "mla_ext reference, rank 64"
+    monkeypatch.setattr(head_step, "hindrance", lambda *arguments: "too big")
+    monkeypatch.setattr(
+        head_step, "ours", lambda *arguments: {name: ("reference", {"rank": None}, 1), "other": ("cpu", {}, 1)}
+    )
+    row = head_step.measure(20, 3, "cpu", torch.float32, 1e12, 0.5)
+    assert row.skipped.pop("with a dense P") == "too big" and row.floor is None
+    assert row.timings.keys() | row.skipped.keys() == {name} == row.memory.keys()
+
+
+def test_a_state_starts_again_in_place():
+    state, start = (baselines.make_state(3, 20, "cpu", torch.bfloat16) for _ in range(2))
+    kept = state.weight, state.projection.base
+    for _ in range(3):
+        baselines.best(state)
+    assert not torch.equal(state.weight, start.weight)
+    state.restart_()
+    assert state.weight is kept[0] and state.projection.base is kept[1]
+    for name in ("weight", "grad", "momentum_buffer", "feature_mean", "step"):
+        assert torch.equal(getattr(state, name), getattr(start, name))
+    assert torch.equal(state.projection.base, start.projection.base)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -78,6 +127,10 @@ def test_the_gate_sees_a_candidate_that_is_wrong(dtype):
     check(lambda state: head_step.step_with(state, "auto"))
     with pytest.raises(AssertionError, match="mla_ext"):
         check(lambda state: state.projection.base.mul_(0.9))
+    for state in states.values():
+        state.restart_()
+    with pytest.raises(AssertionError, match="mla_ext"):  # P right, the weight not
+        check(lambda state: (head_step.step_with(state, "auto"), state.weight.mul_(0.97)))
 
 
 def test_the_best_fusion_is_the_reference():
@@ -159,6 +212,18 @@ def test_host_time_makes_whole_steps():
     head(torch.rand(4, host_time.S))
     optimizer.step()
     assert not torch.equal(optimizer.projection.P, torch.eye(host_time.S))
+
+
+def test_a_row_without_a_floor_has_as_many_cells(tmp_path, capsys):
+    timings = {"best": timing.Timing(4.0, 3.0, 5.0), "mla_ext cpu": timing.Timing(2.0, 1.0, 3.0)}
+    rows = [
+        report.Row({"s": 8, "C": 2}, timings, {}, report.Floor(1e6, 0, 1e9, 1e9)),
+        report.Row({"s": 16, "C": 2}, {"mla_ext cpu": timings["mla_ext cpu"]}),
+    ]
+    report.write("name", "About.", rows, ["best"], Namespace(out=tmp_path, device="cpu", dtype=torch.float32))
+    tables = capsys.readouterr().out.split("\n\n")
+    assert {len({line.count("|") for line in t.splitlines() if line.startswith("|")}) for t in tables} <= {0, 1}
+    assert (tmp_path / "name_cpu.png").stat().st_size > 0
 
 
 def write_timings(path, **timings):

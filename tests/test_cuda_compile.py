@@ -6,10 +6,10 @@ MLA_EXT_UPDATE=1 python -m pytest tests/test_cuda_compile.py
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
+import sys
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,8 +17,11 @@ from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent / "cuda_emulation"))
+import tables
+
 ROOT = Path(__file__).resolve().parents[1]
-TABLE = ROOT / "docs" / "kernels.md"
+TITLE = "What each CUDA kernel takes"
 NVCC = shutil.which("nvcc")
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 TYPES = {"f": "float32", "d": "float64", "6__half": "float16", "13__nv_bfloat16": "bfloat16"}
@@ -82,7 +85,7 @@ def nvcc_version() -> str:
 
 def table(usages: dict[str, dict[str, Usage]]) -> str:
     lines = [
-        "# What each CUDA kernel takes",
+        f"# {TITLE}",
         "",
         f"Registers of a thread, and static shared memory of a block, as nvcc {nvcc_version()} reports them.",
         "No kernel spills or keeps anything in local memory. Dynamic shared memory comes on top, by the shape of the",
@@ -117,12 +120,8 @@ def test_nothing_spills(usages):
 
 def test_table_is_up_to_date(usages):
     text = table(usages)
-    if os.environ.get("MLA_EXT_UPDATE"):
-        TABLE.parent.mkdir(exist_ok=True)
-        temporary = TABLE.with_suffix(".tmp")
-        temporary.write_text(text)
-        os.replace(temporary, TABLE)
-    written = TABLE.read_text()
+    tables.update(TITLE, text)
+    written = tables.section(TITLE)
     if f"nvcc {nvcc_version()} " in written:
         assert written == text, "docs/kernels.md is out of date: run this test with MLA_EXT_UPDATE=1"
     else:  # another compiler counts otherwise; the kernels must be the same

@@ -18,7 +18,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent / "cuda_emulation"))
 import harness
-from harness import FIVE_BY_TWO, FORTY, H100, ONE, THREE, Call
+from harness import FIVE_BY_TWO, FORTY, H100, ONE, PARTLY_HELD, THREE, Call
 
 from mla_ext import reference
 from mla_ext.reference import Hyperparameters, accumulate_dtype
@@ -416,17 +416,22 @@ def test_same_bits_in_every_order(fast, tmp_path):
 
 
 def test_launches(fast, tmp_path):
-    """One for each step where the rows of P fit on chip, two where not, and one more to normalize."""
+    """One for each step where the rows of P fit on chip, two where not, and one more to normalize.
+
+    Two also where another process holds so much of the device that the one launch is refused.
+    """
     normalize = Hyperparameters(normalize=True)
     expected = [
         (HeadCase(512, 6, torch.float32, H100, steps=1), 1),
         (HeadCase(512, 6, torch.float32, FORTY, normalize, steps=1), 1),
         (HeadCase(512, 6, torch.float32, FORTY, steps=1, product_given=True), 2),
         (HeadCase(512, 6, torch.float32, THREE, steps=1), 2),
+        (HeadCase(512, 6, torch.float32, PARTLY_HELD, steps=1), 2),
         (HeadCase(512, 6, torch.float32, THREE, normalize, steps=1), 3),
     ]
     calls = [case.call() for case, _ in expected]
-    harness.run(fast, calls, tmp_path)
+    for (case, _), arrays in zip(expected, harness.run(fast, calls, tmp_path), strict=True):
+        case.check(arrays)
     assert [call.launches for call in calls] == [launches for _, launches in expected]
 
 
@@ -445,16 +450,16 @@ def test_driver_refuses_bad_arguments(fast, tmp_path):
 # Defects put into a copy of the sources: file, what is replaced (once), by what, and whether only a sanitizer sees it.
 DEFECTS = {
     "barrier of the mean": ("feature_mean.cu", "    __syncthreads();\n", "", False),
-    "bounds check of the mean": ("feature_mean.cu", "if (column < columns) {", "{", True),
-    "bounds check of the result": ("feature_mean.cu", "thread_row == 0 && column < columns", "thread_row == 0", True),
+    "bounds check of the mean": ("feature_mean.cu", "if (column < s) {", "{", True),
+    "bounds check of the result": ("feature_mean.cu", "thread_row == 0 && column < s", "thread_row == 0", True),
     "barrier of the fusion": ("entropy_fusion.cu", "  __syncthreads();\n  A smallest", "  A smallest", False),
     "barrier after tiles arrive": ("product.cuh", "__syncthreads();  // the step's tiles have arrived", "", False),
     "barrier before tiles go": ("product.cuh", "__syncthreads();  // the stage may be overwritten", "", False),
     "wait for copies": ("product.cuh", "    __pipeline_wait_prior(1);\n", "", False),
     "grid barrier": ("head_step.cu", "  grid_barrier();\n  if (a.step", "  if (a.step", False),
-    "step read late": ("head_step.cu", "  multiply<kAligned>(tiling, shared, a.grad, a.feature_mean, a.projection",
+    "step read late": ("head_step.cu", "  multiply<kAligned>(tiling, shared, a.grad, a.feature_mean, a.P",
                        "  if (a.step && blockIdx.x == 0 && threadIdx.x == 0) *a.step += 1.0f;\n"
-                       "  multiply<kAligned>(tiling, shared, a.grad, a.feature_mean, a.projection", False),
+                       "  multiply<kAligned>(tiling, shared, a.grad, a.feature_mean, a.P", False),
     "room for tiles": ("product.cuh", "static_cast<size_t>(kStages) * grad_rows() * tile * sizeof(T)",
                        "grad_rows() * tile * sizeof(T)", True),
 }  # fmt: skip

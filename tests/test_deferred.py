@@ -120,14 +120,14 @@ def test_the_op_refuses_what_does_not_fit():
     for rows, count, error, message in (
         (torch.zeros(4, 8), torch.tensor(0), ValueError, "rows: expected shape"),
         (torch.zeros(4, 9, dtype=torch.float64), torch.tensor(0), TypeError, "rows: expected .* float32"),
-        (torch.zeros(4, 9), torch.tensor(4), RuntimeError, "count: out of range"),
-        (torch.zeros(4, 9), torch.tensor(-1), RuntimeError, "count: out of range"),
+        (torch.zeros(4, 9), torch.tensor(4), RuntimeError, "count: expected 0 to 3"),
+        (torch.zeros(4, 9), torch.tensor(-1), RuntimeError, "count: expected 0 to 3"),
         (torch.zeros(4, 9), torch.tensor(0.0), TypeError, "count: expected .* int64"),
     ):
         with pytest.raises(error, match=message):
             step_(W, randn(3, 9), None, Projection(P, None, rows, count), randn(9), step, Hyperparameters())
     for options in ({"forget": 0.1}, {"normalize": True}):
-        with pytest.raises(RuntimeError, match="neither forget nor normalize"):
+        with pytest.raises(RuntimeError, match=r"(forget|normalize): expected"):
             step_(W, randn(3, 9), None, deferred(P), randn(9), step, Hyperparameters(**options))
     assert torch.equal(W, randn(3, 9)) and step == 0
 

@@ -1,5 +1,6 @@
 """What the README and the guides say is so: blocks run, commands and links exist, the site builds."""
 
+import html
 import importlib.util
 import itertools
 import re
@@ -31,15 +32,11 @@ def blocks(language):
 PYTHON = blocks("python")
 
 
-def is_here(what):
-    return torch.cuda.is_available() if what == "cuda" else importlib.util.find_spec(what) is not None
-
-
 @pytest.mark.filterwarnings("ignore")  # other libraries' own
 @pytest.mark.parametrize("code", PYTHON)
 def test_blocks_run(code, tmp_path, monkeypatch):
     needs = re.match(r"# needs: (\w+)", code)
-    if needs and not is_here(needs[1]):
+    if needs and importlib.util.find_spec(needs[1]) is None:
         pytest.skip(f"no {needs[1]} here")
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
@@ -175,6 +172,9 @@ def test_the_site_builds_without_a_warning(tmp_path):
     reference = (tmp_path / "api" / "index.html").read_text("utf-8")
     functions = [name for name in mla_ext.__all__ if not name.startswith("__")]
     assert [name for name in functions if f'id="mla_ext.{name}"' not in reference] == []
+    site = html.unescape("".join(page.read_text("utf-8") for page in tmp_path.rglob("*.html")))
+    code = {path.name: path.read_text("utf-8").strip() for path in (ROOT / "examples").glob("*.py")}
+    assert code and [name for name in code if code[name] not in site] == []
 
 
 def test_the_drop_in_example_has_eight_lines():

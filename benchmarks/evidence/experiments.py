@@ -287,7 +287,8 @@ def order(e: Evidence) -> None:
     def turns(source: str) -> dict[str, str]:
         given = modalities_of(source)
         late = e.final(source, "late")
-        strength = {m: statistics.mean(e.values(late, "validation_modalities", m)) for m in given}
+        known = {m: [v for v in e.values(late, "validation_modalities", m) if v is not None] for m in given}
+        strength = {m: statistics.mean(values) if values else 0.0 for m, values in known.items()}
         weak_first = sorted(given, key=strength.__getitem__)
         named = {"given": given, "reversed": given[::-1], "weak to strong": weak_first}
         named["strong to weak"] = weak_first[::-1]

@@ -18,8 +18,9 @@ def unit_features(model: MultimodalModel, data: MultimodalData, split: str) -> d
     model.eval()
     with torch.no_grad():
         return {
-            m: torch.nn.functional.normalize(model.encoders[m](model.inputs(data, m, data.indices(split, m))), dim=1)
+            m: torch.nn.functional.normalize(model.encoders[m](model.inputs(data, m, indices)), dim=1)
             for m in model.modalities
+            if len(indices := data.indices(split, m))
         }
 
 

@@ -41,7 +41,7 @@ def write(stem: Path, heading: str, text: str, tables: Sequence[Table]) -> None:
 
 
 def percent(values: Sequence[float | None]) -> str:
-    """Mean ± standard deviation in %; a run that diverged, None, is counted and left out."""
+    """Mean ± standard deviation in %; a run without a value, None, is counted and left out."""
     finite = [100 * value for value in values if value is not None]
     lost = len(values) - len(finite)
     note = f" ({lost} of {len(values)} diverged)" if lost else ""

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 import mla_ext
-from mla_ext.multimodal.evaluate import predict
+from mla_ext.multimodal.evaluate import modality_scores, predict
 from mla_ext.multimodal.fit import NonFiniteLossError
 from mla_ext.multimodal.metrics import score
 from mla_ext.multimodal.model import MultimodalModel
@@ -81,6 +81,8 @@ def trained(run: Run, data: mla_ext.MultimodalData) -> tuple[MultimodalModel, li
 def execute(run: Run) -> dict[str, Any]:
     """Train and measure. {"diverged": reason} where the loss did not stay finite."""
     data = load(run.data, run.missing, run.seed if run.missing else 0)
+    if run.split == "test" and len(data.indices("test")) == 0:
+        raise ValueError(f"{run.data}: expected test samples, got none")
     try:
         model, history = trained(run, data)
     except NonFiniteLossError as error:
@@ -95,16 +97,17 @@ def execute(run: Run) -> dict[str, Any]:
     indices = data.indices("test")
     labels = data.labels[indices]
     prediction = predict(model, data, indices)
-    rows = zip(model.modalities, prediction.unimodal, prediction.present, strict=True)
+    alone = modality_scores(model.modalities, prediction, labels)
     features = unit_features(model, data, "validation")
+    seen = validation[best]["modalities"]
     return result | {
         "accuracy": score(prediction.fusions[validation[0]["fused"]], labels).accuracy,
         "macro_f1": score(prediction.fusions[validation[0]["fused"]], labels).macro_f1,
         "fusions": {name: score(logits, labels).accuracy for name, logits in prediction.fusions.items()},
-        "modalities": {m: score(logits[has], labels[has]).accuracy for m, logits, has in rows},
-        "validation_modalities": {m: s["accuracy"] for m, s in validation[best]["modalities"].items()},
+        "modalities": {m: alone[m].accuracy if m in alone else None for m in model.modalities},
+        "validation_modalities": {m: seen[m]["accuracy"] if m in seen else None for m in model.modalities},
         "dropped": 1 - prediction.present.double().mean().item(),
-        "gap": modality_gap(features, run.seed) if len(features) > 1 else None,
+        "gap": modality_gap(features, run.seed) if min(map(len, features.values())) > 1 < len(features) else None,
         **trust(prediction, labels, model.modalities),
     }
 

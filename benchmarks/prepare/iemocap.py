@@ -23,8 +23,9 @@ from .samples import Clip, Corpus, Sample, check_label, entries, file, folder
 CLASSES = ("ang", "hap", "neu", "sad")
 OTHERS = ("dis", "fea", "fru", "oth", "sur", "xxx")  # of the annotation, not used; exc is merged with hap
 SPLITS = {1: "train", 2: "train", 3: "train", 4: "validation", 5: "test"}
-UTTERANCE = re.compile(r"\[\s*([\d.]+)\s*-\s*([\d.]+)\s*\]\s+(Ses\w+)\s+(\w+)\s")
-TRANSCRIPT = re.compile(r"(Ses\w+)\s*\[[^]]*\]\s*:\s*(.*)")
+# Both stay within a line: what is empty in one must not be taken from the next.
+UTTERANCE = re.compile(r"\[ *([\d.]+) *- *([\d.]+) *\][ \t]+(Ses\w+)[ \t]+(\w*)(?!\w)")
+TRANSCRIPT = re.compile(r"(Ses\w+)[ \t]*\[[^]\n]*\][ \t]*:[ \t]*(.*)")
 
 
 def read(root: Path) -> Corpus:

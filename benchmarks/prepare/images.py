@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from .samples import Clip
+from .samples import Clip, visible
 from .video import read_pictures
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -21,7 +21,7 @@ def read(clip: Clip, count: int, size: int) -> np.ndarray:
     """
     path = clip.path()
     if path.is_dir():
-        frames = sorted(frame for frame in path.iterdir() if frame.suffix.lower() in SUFFIXES)
+        frames = [frame for frame in visible(path) if frame.suffix.lower() in SUFFIXES]
         if not frames:
             raise ValueError("is a folder without frames")
         pictures = [_open(frames[(2 * i + 1) * len(frames) // (2 * count)]) for i in range(count)]
@@ -34,7 +34,10 @@ def read(clip: Clip, count: int, size: int) -> np.ndarray:
 
 def _open(path: Path) -> Image.Image:
     with Image.open(path) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion clips at 255
+            upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+        return upright.convert("RGB")
 
 
 def _pixels(picture: Image.Image, size: int, half: str | None) -> np.ndarray:

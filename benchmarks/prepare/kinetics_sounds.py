@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .samples import Clip, Corpus, Sample, entries, folder, hold_out_validation, read_csv
+from .samples import Clip, Corpus, Sample, entries, folder, hold_out_validation, read_csv, visible
 
 INSTRUMENTS = ("accordion", "bagpipes", "bass guitar", "clarinet", "drums", "guitar", "harmonica", "keyboard", "organ")
 INSTRUMENTS += ("piano", "saxophone", "trombone", "trumpet", "violin", "xylophone")
@@ -69,7 +69,7 @@ def _class(name: str) -> str:
 
 def _bases(parent: Path) -> list[Path]:
     """The clips in a folder, without suffix: a video, its sound and the folder of its frames are one."""
-    paths = [path for path in parent.iterdir() if path.is_dir() or path.suffix in (*VIDEO, ".wav")]
+    paths = [path for path in visible(parent) if path.is_dir() or path.suffix.lower() in (*VIDEO, ".wav")]
     return sorted({path if path.is_dir() else path.with_suffix("") for path in paths})
 
 

@@ -20,11 +20,12 @@ CLASSES = ("negative", "neutral", "positive")
 def read(root: Path) -> Corpus:
     data, judgements = folder(root, "data"), file(root, "labelResultAll.txt")
     labels = {}
-    for line in judgements.read_text(encoding="utf-8-sig").splitlines():
-        number, *judged = line.replace(",", " ").split() or [""]
-        if not number.isdecimal():
+    lines = [line for line in judgements.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    for position, line in enumerate(lines):
+        number, *judged = line.replace(",", " ").split()
+        if position == 0 and not number.isdecimal():
             continue  # the header
-        if len(judged) != 2:
+        if not number.isdecimal() or len(judged) != 2:
             raise ValueError(f"{judgements}: expected lines like '1<tab>neutral,positive', found {line!r}")
         label = _agreed(*(check_label(name, CLASSES, f"{judgements}, {number}") for name in judged))
         if label is not None:

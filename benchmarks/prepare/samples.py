@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import fnmatch
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from mla_ext.multimodal.data import SPLITS
 from mla_ext.multimodal.synthesis import stratified_split
 
 SEED = 0  # of every split that is ours
+LEFT_BY_TOOLS = ("__MACOSX", "__pycache__", "@eaDir")  # folders; other such names begin with a dot
 
 
 @dataclass(frozen=True)
@@ -30,10 +32,12 @@ class Clip:
     half: str | None = None
 
     def path(self) -> Path:
-        """FileNotFoundError if there is none."""
+        """Its suffix may be in capitals. FileNotFoundError if there is none."""
         for path in self.paths:
-            if path.exists():
-                return path
+            for suffix in dict.fromkeys((path.suffix, path.suffix.upper(), path.suffix.capitalize())):
+                spelled = path.with_name(path.name.removesuffix(path.suffix) + suffix)
+                if spelled.exists():
+                    return spelled
         raise FileNotFoundError(f"{' or '.join(map(str, self.paths))} is missing")
 
 
@@ -68,11 +72,16 @@ def file(*parts: str | Path) -> Path:
 
 
 def entries(parent: Path, pattern: str) -> list[Path]:
-    """What matches, in order of name; ValueError if nothing does."""
-    found = sorted(path for path in parent.glob(pattern) if not path.name.startswith("."))
+    """What matches, whatever the case, in order of name; ValueError if nothing does."""
+    found = [path for path in visible(parent) if fnmatch.fnmatchcase(path.name.lower(), pattern.lower())]
     if not found:
         raise ValueError(f"{parent}: expected {pattern} in it, found {_content(parent)}")
     return found
+
+
+def visible(parent: Path) -> list[Path]:
+    """What the folder holds, in order of name, without what systems and tools leave beside data."""
+    return sorted(path for path in parent.iterdir() if not path.name.startswith((".", *LEFT_BY_TOOLS)))
 
 
 def read_csv(path: Path) -> list[list[str]]:

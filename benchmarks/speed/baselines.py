@@ -54,7 +54,7 @@ def make_state(
     accumulate = {"dtype": accumulate_dtype(dtype), "device": device}
     return State(
         weight=make_weight(C, s).to(device, dtype),
-        grad=((torch.rand(C, s, generator=generator) - 0.5) / 10).to(device, dtype),
+        grad=(10 * (torch.rand(C, s, generator=generator) - 0.5)).to(device, dtype),  # a step shows in bfloat16 too
         momentum_buffer=torch.zeros(C, s, **accumulate),
         projection=Projection.identity(s, rank, deferred, **accumulate),
         feature_mean=torch.rand(s, generator=generator).to(**accumulate),

@@ -66,7 +66,7 @@ def _summary(samples: list[float], steps: int) -> Timing:
     # A cycle begins anywhere: any so many steps in a row hold all that one puts off.
     cycles = range(0, len(samples) - steps + 1, steps)
     values = [statistics.fmean(samples[i : i + steps]) for i in cycles]
-    p20, *_, p80 = statistics.quantiles(values, n=5)
+    p20, *_, p80 = statistics.quantiles(values, n=5, method="inclusive")  # the other one extrapolates
     return Timing(statistics.median(values), p20, p80)
 
 

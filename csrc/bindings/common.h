@@ -14,6 +14,8 @@
 #include <initializer_list>
 #include <optional>
 
+#include "arguments.h"
+
 namespace mla_ext::bindings {
 
 using torch::headeronly::DeviceType;
@@ -22,6 +24,22 @@ using torch::stable::Tensor;
 
 inline ScalarType accumulate_type(const Tensor& tensor) {
   return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline DType dtype_of(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return DType::Float32;
+    case ScalarType::Double:
+      return DType::Float64;
+    case ScalarType::BFloat16:
+      return DType::BFloat16;
+    case ScalarType::Half:
+      return DType::Float16;
+    default:
+      STD_TORCH_CHECK(false, name, ": expected float32, float64, bfloat16 or float16");
+  }
+  return DType::Float32;
 }
 
 inline void* pointer(const std::optional<Tensor>& tensor) { return tensor.has_value() ? tensor->data_ptr() : nullptr; }

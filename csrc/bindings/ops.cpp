@@ -15,22 +15,6 @@ using mla_ext::DType;
 
 constexpr DeviceType kDevice = DeviceType::CPU;
 
-DType dtype_of(const Tensor& tensor, const char* name) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return DType::Float32;
-    case ScalarType::Double:
-      return DType::Float64;
-    case ScalarType::BFloat16:
-      return DType::BFloat16;
-    case ScalarType::Half:
-      return DType::Float16;
-    default:
-      STD_TORCH_CHECK(false, name, ": expected float32, float64, bfloat16 or float16");
-  }
-  return DType::Float32;
-}
-
 void parallel_for(int64_t begin, int64_t end, int64_t grain, mla_ext::cpu::Body body, void* context) {
   torch::stable::parallel_for(begin, end, grain, [&](int64_t first, int64_t last) { body(first, last, context); });
 }

@@ -19,22 +19,6 @@ using mla_ext::DType;
 
 constexpr DeviceType kDevice = DeviceType::CUDA;
 
-DType element_type(const Tensor& tensor, const char* name) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return DType::Float32;
-    case ScalarType::Double:
-      return DType::Float64;
-    case ScalarType::BFloat16:
-      return DType::BFloat16;
-    case ScalarType::Half:
-      return DType::Float16;
-    default:
-      STD_TORCH_CHECK(false, name, ": expected float32, float64, bfloat16 or float16");
-  }
-  return DType::Float32;
-}
-
 // A kernel that runs on one GPU cannot take memory of another.
 void check_same_gpu(const Tensor& tensor, const char* name, const Tensor& first) {
   STD_TORCH_CHECK(tensor.get_device_index() == first.get_device_index(), name, ": is on GPU ",
@@ -64,16 +48,6 @@ void check_launch(cudaError_t error) {
   STD_TORCH_CHECK(error == cudaSuccess, "mla_ext: the CUDA kernel could not be launched: ", cudaGetErrorString(error));
 }
 
-// One number on the weight's GPU, of shape () or (1,).
-const float* scalar(const std::optional<Tensor>& tensor, const char* name, const Tensor& weight) {
-  if (!tensor.has_value()) return nullptr;
-  STD_TORCH_CHECK(tensor->dim() <= 1 && tensor->numel() == 1, name, ": expected one number, of shape () or (1,)");
-  STD_TORCH_CHECK(tensor->scalar_type() == ScalarType::Float, name, ": expected float32");
-  STD_TORCH_CHECK(tensor->device().type() == kDevice, name, ": expected a tensor on the GPU");
-  check_same_gpu(*tensor, name, weight);
-  return static_cast<const float*>(tensor->data_ptr());
-}
-
 // Memory of the tensor's device, from the allocator that CUDA graphs know.
 Tensor workspace_like(const Tensor& projection, DType dtype, int64_t C) {
   const size_t bytes = mla_ext::cuda::head_step_workspace_bytes(dtype, C, projection.size(0));
@@ -82,7 +56,7 @@ Tensor workspace_like(const Tensor& projection, DType dtype, int64_t C) {
 
 Tensor feature_mean(const Tensor& features) {
   check_features(features, kDevice);
-  const DType dtype = element_type(features, "features");
+  const DType dtype = dtype_of(features, "features");
   const Place place(features);
   Tensor mean = torch::stable::new_empty(features, {features.size(1)}, accumulate_type(features));
   check_launch(mla_ext::cuda::feature_mean(dtype, features.data_ptr(), features.size(0), features.size(1),
@@ -93,7 +67,7 @@ Tensor feature_mean(const Tensor& features) {
 void rls_update_(Tensor projection, const Tensor& feature_mean, double alpha, double forget, bool normalize) {
   check_rls_update(projection, feature_mean, kDevice);
   check_same_gpu(feature_mean, "feature_mean", projection);
-  const DType dtype = element_type(projection, "projection");
+  const DType dtype = dtype_of(projection, "projection");
   const Place place(projection);
   Tensor workspace = workspace_like(projection, dtype, 0);
   check_launch(mla_ext::cuda::rls_update(dtype, projection.data_ptr(), feature_mean.data_ptr(), projection.size(0),
@@ -118,7 +92,7 @@ void head_step_(Tensor weight, const Tensor& grad, std::optional<Tensor> momentu
   check_same_gpu(step, "step", weight);
 
   mla_ext::HeadStep arguments{};
-  arguments.dtype = element_type(weight, "weight");
+  arguments.dtype = dtype_of(weight, "weight");
   arguments.C = weight.size(0);
   arguments.s = weight.size(1);
   arguments.weight = weight.data_ptr();
@@ -137,10 +111,14 @@ void head_step_(Tensor weight, const Tensor& grad, std::optional<Tensor> momentu
                      maximize,
                      absorb_before,
                      normalize,
-                     scalar(lr_tensor, "lr_tensor", weight),
-                     scalar(alpha_tensor, "alpha_tensor", weight)};
-  arguments.grad_scale = scalar(grad_scale, "grad_scale", weight);
-  arguments.found_inf = scalar(found_inf, "found_inf", weight);
+                     number(lr_tensor, "lr_tensor", kDevice),
+                     number(alpha_tensor, "alpha_tensor", kDevice)};
+  arguments.grad_scale = number(grad_scale, "grad_scale", kDevice);
+  arguments.found_inf = number(found_inf, "found_inf", kDevice);
+  check_same_gpu(grad_scale, "grad_scale", weight);
+  check_same_gpu(found_inf, "found_inf", weight);
+  check_same_gpu(lr_tensor, "lr_tensor", weight);
+  check_same_gpu(alpha_tensor, "alpha_tensor", weight);
 
   const Place place(weight);
   Tensor workspace = workspace_like(*base, arguments.dtype, arguments.C);
@@ -156,7 +134,7 @@ void head_step_(Tensor weight, const Tensor& grad, std::optional<Tensor> momentu
 std::tuple<Tensor, Tensor> entropy_fusion(const Tensor& logits, const std::optional<Tensor>& present) {
   check_fusion(logits, present, kDevice);
   check_same_gpu(present, "present", logits);
-  const DType dtype = element_type(logits, "logits");
+  const DType dtype = dtype_of(logits, "logits");
   const int64_t M = logits.size(0), N = logits.size(1), C = logits.size(2);
   const Place place(logits);
   Tensor fused = torch::stable::new_empty(logits, {N, C});

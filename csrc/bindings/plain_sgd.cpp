@@ -7,7 +7,9 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cmath>
 #include <exception>
+#include <limits>
 #include <utility>
 #include <vector>
 
@@ -26,8 +28,8 @@ constexpr char kDoc[] =
     "plain_sgd(params, grads, momentum_buffers, is_first, lr, momentum, dampening, weight_decay, nesterov, maximize, "
     "grad_scale, fma) -> bool\n\n"
     "torch.optim.SGD's step, in place, of lists of tensors; momentum_buffers is empty without momentum. Returns False, "
-    "and has changed nothing, where a tensor is not a dense one of float32 or float64 in CPU memory, a number not a "
-    "Python number, or two tensors share memory.";
+    "and has changed nothing, where a tensor is not a dense one of float32 or float64 in CPU memory, a number not one "
+    "of Python's that float32 holds, or two tensors share memory.";
 constexpr Py_ssize_t kArguments = 12;
 
 void parallel_for(int64_t begin, int64_t end, int64_t grain, mla_ext::cpu::Body body, void* context) {
@@ -51,12 +53,13 @@ bool get_view(PyObject* object, dlpack::Tensor& view) {
   }
   if (view.device_type != dlpack::kCpu || view.type_code != dlpack::kFloat || view.type_lanes != 1) return false;
   if (view.type_bits != 32 && view.type_bits != 64) return false;
+  bool is_contiguous = true;
   int64_t expected = 1;
   for (int dim = view.ndim - 1; dim >= 0; --dim) {
-    if (view.shape[dim] != 1 && view.strides[dim] != expected) return false;
+    is_contiguous = is_contiguous && (view.shape[dim] == 1 || view.strides[dim] == expected);
     expected *= view.shape[dim];
   }
-  return true;
+  return is_contiguous || expected == 0;
 }
 
 void* address(const dlpack::Tensor& view) { return static_cast<char*>(view.data) + view.byte_offset; }
@@ -72,7 +75,7 @@ bool get_memory_like(const dlpack::Tensor& param, PyObject* object, void*& memor
   return true;
 }
 
-// Whether no two tensors share memory. Threads step different parts of them at once.
+// Whether no two tensors share memory: threads step several at once.
 bool are_disjoint(const std::vector<SgdTensor>& tensors) {
   std::vector<std::pair<const char*, const char*>> ranges;
   for (const SgdTensor& tensor : tensors) {
@@ -88,13 +91,22 @@ bool are_disjoint(const std::vector<SgdTensor>& tensors) {
   return true;
 }
 
+// PyTorch raises an error for a number that is finite, but not as a float32.
 bool get_number(PyObject* object, double& number) {
   if (!PyFloat_Check(object) && !PyLong_Check(object)) return false;
   number = PyFloat_AsDouble(object);
-  if (number != -1 || PyErr_Occurred() == nullptr) return true;
-  PyErr_Clear();  // an integer beyond all doubles
-  return false;
+  if (number == -1 && PyErr_Occurred() != nullptr) {
+    PyErr_Clear();  // an integer beyond all doubles
+    return false;
+  }
+  return std::abs(number) <= std::numeric_limits<float>::max() || !std::isfinite(number);
 }
+
+// Lets other Python threads run, for as long as it lives.
+struct WithoutGil {
+  PyThreadState* thread = PyEval_SaveThread();
+  ~WithoutGil() { PyEval_RestoreThread(thread); }
+};
 
 // Whether the step can be made by the kernel.
 bool parse(PyObject* const* args, PlainSgd& step, std::vector<SgdTensor>& tensors) {
@@ -157,13 +169,12 @@ PyObject* plain_sgd(PyObject*, PyObject* const* args, Py_ssize_t count) {
     std::vector<SgdTensor> tensors;
     if (!parse(args, step, tensors)) Py_RETURN_FALSE;
     const mla_ext::cpu::Kernels& kernels = mla_ext::cpu::kernels();
-    PyThreadState* thread = PyEval_SaveThread();
+    const WithoutGil without_gil;
     kernels.plain_sgd(step, parallel_for);
-    PyEval_RestoreThread(thread);
-    Py_RETURN_TRUE;
   } catch (const std::exception& failure) {
     return PyErr_Format(PyExc_RuntimeError, "%s", failure.what());
   }
+  Py_RETURN_TRUE;
 }
 
 // Where PyTorch has no such table, or one of another version, `view` stays null.

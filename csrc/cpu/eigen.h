@@ -5,14 +5,43 @@
 #include <limits>
 
 #include "scratch.h"
+#include "vector.h"
 
 namespace mla_ext::cpu::MLA_EXT_ISA {
+
+// y += factor * x.
+inline void add_scaled(double* y, const double* x, double factor, int64_t n) {
+  int64_t j = 0;
+  for (; j + kLanes<double> <= n; j += kLanes<double>) store(y + j, load(y + j) + broadcast(factor) * load(x + j));
+  for (; j < n; ++j) y[j] += factor * x[j];
+}
+
+// The rows x and y turned: x becomes cosine x + sine y.
+inline void rotate(double* x, double* y, double cosine, double sine, int64_t n) {
+  const Vec<double> c = broadcast(cosine), s = broadcast(sine);
+  int64_t j = 0;
+  for (; j + kLanes<double> <= n; j += kLanes<double>) {
+    const Vec<double> a = load(x + j), b = load(y + j);
+    store<double>(x + j, c * a + s * b);
+    store<double>(y + j, c * b - s * a);
+  }
+  for (; j < n; ++j) {
+    const double a = x[j], b = y[j];
+    x[j] = cosine * a + sine * b;
+    y[j] = cosine * b - sine * a;
+  }
+}
 
 // Householder reflections make the symmetric A (n, n) tridiagonal: `diagonal` and `beside`, with beside[0] = 0.
 // A becomes Q^T with Q^T A Q tridiagonal.
 inline void tridiagonalise(double* A, double* diagonal, double* beside, int64_t n) {
   Scratch<double> tau(n), w(n);
   beside[0] = 0;
+  // Whole vectors of the first i columns. Those of a row r < i that lie beyond are not used any more.
+  const auto whole = [&](int64_t i) {
+    const int64_t rounded = (i + kLanes<double> - 1) / kLanes<double> * kLanes<double>;
+    return rounded < n ? rounded : n;
+  };
   // Row i, from its end on: v (length i, stored in row i) takes all of the row's first i - 1 entries to 0.
   for (int64_t i = n - 1; i > 0; --i) {
     double* v = A + i * n;
@@ -29,19 +58,15 @@ inline void tridiagonalise(double* A, double* diagonal, double* beside, int64_t 
     tau[i] = 2 / (rest + v[i - 1] * v[i - 1]);
     beside[i] = alpha * scale;
     // A <- (I - tau v v^T) A (I - tau v v^T) = A - v u^T - u v^T on the first i rows and columns.
-    for (int64_t j = 0; j < i; ++j) w[j] = 0;
-    for (int64_t r = 0; r < i; ++r) {
-      const double* row = A + r * n;
-      const double factor = tau[i] * v[r];
-      for (int64_t j = 0; j < i; ++j) w[j] += factor * row[j];
-    }
+    for (int64_t j = 0; j < n; ++j) w[j] = 0;
+    for (int64_t r = 0; r < i; ++r) add_scaled(w.get(), A + r * n, tau[i] * v[r], whole(i));
     double half = 0;
     for (int64_t j = 0; j < i; ++j) half += w[j] * v[j];
     half *= tau[i] / 2;
     for (int64_t j = 0; j < i; ++j) w[j] -= half * v[j];
     for (int64_t r = 0; r < i; ++r) {
-      double* row = A + r * n;
-      for (int64_t j = 0; j < i; ++j) row[j] -= v[r] * w[j] + w[r] * v[j];
+      add_scaled(A + r * n, w.get(), -v[r], whole(i));
+      add_scaled(A + r * n, v, -w[r], whole(i));
     }
   }
   for (int64_t i = 0; i < n; ++i) diagonal[i] = A[i * n + i];
@@ -49,14 +74,9 @@ inline void tridiagonalise(double* A, double* diagonal, double* beside, int64_t 
   for (int64_t i = 0; i < n; ++i) {
     const double* v = A + i * n;
     if (i > 0 && tau[i] != 0) {
-      for (int64_t j = 0; j < i; ++j) w[j] = 0;
-      for (int64_t r = 0; r < i; ++r) {
-        const double factor = tau[i] * v[r];
-        for (int64_t j = 0; j < i; ++j) w[j] += factor * A[r * n + j];
-      }
-      for (int64_t r = 0; r < i; ++r) {
-        for (int64_t j = 0; j < i; ++j) A[r * n + j] -= v[r] * w[j];
-      }
+      for (int64_t j = 0; j < n; ++j) w[j] = 0;
+      for (int64_t r = 0; r < i; ++r) add_scaled(w.get(), A + r * n, tau[i] * v[r], whole(i));
+      for (int64_t r = 0; r < i; ++r) add_scaled(A + r * n, w.get(), -v[r], whole(i));
     }
     for (int64_t j = 0; j < i; ++j) A[i * n + j] = A[j * n + i] = 0;
     A[i * n + i] = 1;
@@ -104,13 +124,7 @@ inline void diagonalise(double* d, double* e, double* V, int64_t n) {
         p = sine * t;
         d[i + 1] = g + p;
         g = cosine * t - b;
-        double* lower = V + i * n;
-        double* upper = lower + n;
-        for (int64_t j = 0; j < n; ++j) {
-          const double x = upper[j], y = lower[j];
-          upper[j] = sine * y + cosine * x;
-          lower[j] = cosine * y - sine * x;
-        }
+        rotate(V + (i + 1) * n, V + i * n, cosine, sine, n);
       }
       if (underflow) continue;
       d[l] -= p;

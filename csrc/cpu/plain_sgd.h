@@ -5,7 +5,7 @@
 
 namespace mla_ext::cpu {
 
-// Fewer elements than this are not worth the wake of a thread (benchmarks/NOTES.md).
+// So few are not worth the wake of a thread: two take as long as one, with other work between the steps.
 constexpr int64_t kElementsOfOneThread = 32768;
 
 struct SgdTensor {

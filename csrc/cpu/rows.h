@@ -8,12 +8,17 @@ namespace mla_ext::cpu::MLA_EXT_ISA {
 // So many vectors of a row of K meet kColumns rows of X in registers.
 constexpr int kVectors = 3;
 
-// out[q] = scale * X[q] - sum over i of t[q * count + i] K[i], for Q rows of X and V vectors from column j on. With
-// n < kLanes, V is 1, and only n columns are there.
-template <class A, int Q, int V>
-void subtract_at(const A* const* X, A scale, const A* t, const A* K, int64_t pitch, int64_t count, int64_t j, int64_t n,
-                 A* const* out) {
-  const auto read = [&](const A* p) { return n < kLanes<A> ? load_part(p, n) : load(p); };
+// out[q] = scale * X[q] - sum over i of t[q * count + i] K[i], for Q rows of X and V vectors from column j on. Part: V
+// is 1, and only n columns are there.
+template <class A, int Q, int V, bool Part = false>
+void subtract_at(const A* const* X, A scale, const A* t, const A* K, int64_t pitch, int64_t count, int64_t j,
+                 A* const* out, int64_t n = 0) {
+  const auto read = [&](const A* p) {
+    if constexpr (Part)
+      return load_part(p, n);
+    else
+      return load(p);
+  };
   Vec<A> sums[Q][V];
   for (int q = 0; q < Q; ++q) {
     for (int v = 0; v < V; ++v) sums[q][v] = broadcast(scale) * read(X[q] + j + v * kLanes<A>);
@@ -30,7 +35,7 @@ void subtract_at(const A* const* X, A scale, const A* t, const A* K, int64_t pit
   }
   for (int q = 0; q < Q; ++q) {
     for (int v = 0; v < V; ++v) {
-      if (n < kLanes<A>) {
+      if constexpr (Part) {
         store_part<A>(out[q] + j, sums[q][v], n);
       } else {
         store<A>(out[q] + j + v * kLanes<A>, sums[q][v]);
@@ -47,12 +52,10 @@ void subtract_rows(const A* const* X, int n, A scale, const A* t, const A* K, in
     if (n < Q) return subtract_rows<A, Q - 1>(X, n, scale, t, K, pitch, count, s, out);
     int64_t j = 0;
     for (; j + kVectors * kLanes<A> <= s; j += kVectors * kLanes<A>) {
-      subtract_at<A, Q, kVectors>(X, scale, t, K, pitch, count, j, kLanes<A>, out);
+      subtract_at<A, Q, kVectors>(X, scale, t, K, pitch, count, j, out);
     }
-    for (; j < s; j += kLanes<A>) {
-      const int64_t rest = s - j < kLanes<A> ? s - j : kLanes<A>;
-      subtract_at<A, Q, 1>(X, scale, t, K, pitch, count, j, rest, out);
-    }
+    for (; j + kLanes<A> <= s; j += kLanes<A>) subtract_at<A, Q, 1>(X, scale, t, K, pitch, count, j, out);
+    if (j < s) subtract_at<A, Q, 1, true>(X, scale, t, K, pitch, count, j, out, s - j);
   }
 }
 

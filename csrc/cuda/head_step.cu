@@ -330,7 +330,9 @@ cudaError_t run(const Arguments<T>& a, cudaStream_t stream) {
     if (tiling.rows > 0) {
       const LaunchShape shape = {static_cast<unsigned>(ceil_div(a.s, tiling.rows)),
                                  static_cast<unsigned>(tiling.threads()), tiling.shared_bytes(), true};
-      return launch(head_step_fused_kernel<T, kAligned>, shape, stream, a, tiling);
+      const cudaError_t launched = launch(head_step_fused_kernel<T, kAligned>, shape, stream, a, tiling);
+      // Another process may hold a part of the device: then fewer blocks fit than were promised.
+      if (launched != cudaErrorCooperativeLaunchTooLarge) return launched;
     }
   }
   return run_split<T, kAligned>(a, stream);

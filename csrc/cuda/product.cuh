@@ -78,13 +78,14 @@ struct Tiling {
 template <bool kAligned, int kPadding, typename E>
 __device__ inline void copy_rows(E* to, int64_t to_stride, const E* from, int64_t from_stride, int rows, int width) {
   constexpr int kWidth = kAligned ? kVector<E> : 1;
+  const E zero = from_accumulate<E>(0);
   const int padded = static_cast<int>(round_up(width, kPadding));
   for (int row = warp_index(); row < rows; row += warp_count()) {
     E* target = to + row * to_stride;
     const E* source = from + row * from_stride;
     for (int column = lane_index() * kWidth; column < padded; column += kWarp * kWidth) {
       if (!kAligned && column >= width) {
-        target[column] = from_accumulate<E>(0);
+        target[column] = zero;
       } else if constexpr (kWidth * sizeof(E) >= 4) {
         __pipeline_memcpy_async(target + column, source + column, kWidth * sizeof(E));
       } else {

@@ -39,7 +39,8 @@ struct Sgd {
       momentum_buffer[index] = b;
       g = nesterov ? g + momentum * b : b;
     }
-    weight[index] = from_accumulate<T>(w - lr * g);
+    const T stepped = from_accumulate<T>(w - lr * g);
+    weight[index] = stepped;
   }
 };
 

@@ -32,23 +32,23 @@ class Reference(Backend):
         like = P.base if P.base is not None else P.beta
         assert like is not None
         grad = step.grad if step.grad_scale is None else step.grad.to(like.dtype) / step.grad_scale
-        arguments = step.weight, grad, step.momentum_buffer
+        before, after = (step.weight, grad, step.momentum_buffer), (step.feature_mean, step.step, step.hyper)
+        changes: list[tuple[Tensor | None, Tensor | None]] = [(step.step, step.step + 1)]
         if P.base is not None:
             self.settle_(P)
-            new = reference.head_step(*arguments, P.base, step.feature_mean, step.step, step.hyper)
-            old = step.weight, step.momentum_buffer, P.base
+            weight, momentum_buffer, base = reference.head_step(*before, P.base, *after)
+            changes += [(P.base, base)]
         else:
             assert P.beta is not None and P.rows is not None and P.count is not None
-            K, capacity = P.rows[: int(P.count)], len(P.rows)
-            *new, beta, K = reference.rank_head_step(
-                *arguments, P.beta, K, capacity, step.feature_mean, step.step, step.hyper
+            capacity = len(P.rows)
+            weight, momentum_buffer, beta, K = reference.rank_head_step(
+                *before, P.beta, P.rows[: int(P.count)], capacity, *after
             )
             rows = torch.cat([K, K.new_zeros(capacity - len(K), K.shape[1])])
-            new = *new, beta, rows, torch.full_like(P.count, len(K))
-            old = step.weight, step.momentum_buffer, P.beta, P.rows, P.count
-        for before, after in zip((*old, step.step), (*new, step.step + 1), strict=True):
-            if before is not None and after is not None:
-                before.copy_(after if step.found_inf is None else torch.where(step.found_inf != 0, before, after))
+            changes += [(P.beta, beta), (P.rows, rows), (P.count, torch.full_like(P.count, len(K)))]
+        for old, made in [*changes, (step.weight, weight), (step.momentum_buffer, momentum_buffer)]:
+            if old is not None and made is not None:
+                old.copy_(made if step.found_inf is None else torch.where(step.found_inf != 0, old, made))
 
     def entropy_fusion(self, logits: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
         return reference.entropy_fusion(logits, present)

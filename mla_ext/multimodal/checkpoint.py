@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import torch
+from torch import Tensor
+
+__all__ = ["load", "plain", "save", "write_atomic", "write_text"]
 
 _KEYS = {"settings", "epoch", "model", "optimizer", "scheduler", "history", "best"}  # of a checkpoint
+_READABLE = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
 
 
 def write_atomic(path: Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -34,7 +41,36 @@ def write_text(path: Path, text: str) -> None:
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
-    write_atomic(path, lambda file: torch.save(content, file))
+    """TypeError, before anything is written, for what `load` could not read back."""
+    readable = plain(content)
+    write_atomic(path, lambda file: torch.save(readable, file))
+
+
+def plain(value: Any, name: str = "checkpoint") -> Any:
+    """The value as `load` can read it: NumPy's numbers and arrays become Python's numbers and tensors.
+
+    TypeError, by name, for an object that torch.load would not read with weights_only.
+    """
+    if isinstance(value, np.generic):
+        value = value.item()
+    elif isinstance(value, np.ndarray):
+        value = torch.from_numpy(value)
+    if isinstance(value, Tensor) or value is None or type(value) in _READABLE:
+        return value
+    if isinstance(value, dict):
+        result = copy.copy(value) if type(value) in (dict, OrderedDict) else dict(value)  # with what torch notes on it
+        result.clear()
+        result.update({plain(key, f"a key of {name}"): plain(item, f"{name}[{key!r}]") for key, item in value.items()})
+        return result
+    if isinstance(value, list | tuple):
+        items = [plain(item, f"{name}[{i}]") for i, item in enumerate(value)]
+        return tuple(items) if isinstance(value, tuple) else items
+    if type(value) is set:
+        return {plain(item, f"an item of {name}") for item in value}
+    raise TypeError(
+        f"{name}: expected numbers, strings, tensors, and lists and dicts of them, as only those can be read back "
+        f"from a checkpoint, got {type(value).__name__} {value!r}"
+    )
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -66,6 +66,8 @@ def _train(arguments: argparse.Namespace) -> None:
             f"--out: expected a directory without a run, got {arguments.out}; --resume goes on with its run"
         )
     data, described = _load(arguments.data, settings)
+    if len(data.indices("test")) == 0:
+        raise ValueError(f"--data: expected test samples, to score the model on, got none in {arguments.data}")
     model, optimizer = build(data, settings)
     history = fit(
         model,

@@ -188,7 +188,7 @@ def digits(seed: int = 0) -> MultimodalData:
     return MultimodalData(
         modalities=tuple(features),
         features={modality: torch.from_numpy(array) for modality, array in features.items()},
-        rows={modality: torch.arange(len(labels)) for modality in features},
+        rows={modality: torch.arange(len(labels), device="cpu") for modality in features},
         labels=torch.from_numpy(labels).long(),
         classes=tuple("0123456789"),
         split=torch.from_numpy(stratified_split(labels, (0.6, 0.15, 0.25), split)),
@@ -206,7 +206,7 @@ def _from_archive(archive: np.lib.npyio.NpzFile) -> MultimodalData:
         if f"row_{modality}" in archive:
             rows[modality] = _integers(archive, f"row_{modality}")
         elif len(features[modality]) == len(labels):
-            rows[modality] = torch.arange(len(labels))
+            rows[modality] = torch.arange(len(labels), device="cpu")
         else:
             raise ValueError(
                 f"{key}: has {len(features[modality])} rows for {len(labels)} samples; expected one for each sample, "

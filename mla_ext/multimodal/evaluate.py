@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from ..ops import entropy_fusion
 from .data import SPLITS, MultimodalData
 from .metrics import Score, score
-from .model import MultimodalModel
+from .model import MultimodalModel, mode_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,27 +79,17 @@ def evaluate(model: MultimodalModel, data: MultimodalData, split: str = "test", 
         raise ValueError(f"split: expected one with samples, got {split!r}, which has none")
     prediction = predict(model, data, indices, batch_size)
     labels = data.labels[indices].to(prediction.weights.device)
-    modalities = {
-        m: score(logits[present], labels[present])
-        for m, logits, present in zip(model.modalities, prediction.unimodal, prediction.present, strict=True)
-        if present.any()
-    }
+    modalities = modality_scores(model.modalities, prediction, labels)
     fusions = {name: score(logits, labels) for name, logits in prediction.fusions.items()}
     fused = "joint" if "joint" in fusions else "entropy"
     loss = F.cross_entropy(prediction.fusions[fused], labels).item()
     return Report(split, modalities, fusions, fused, loss)
 
 
-@contextmanager
-def mode_of(model: MultimodalModel, training: bool) -> Iterator[None]:
-    """Training or evaluation mode; afterwards every submodule is in its own mode again."""
-    modes = {module: module.training for module in model.modules()}
-    model.train(training)
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+def modality_scores(modalities: Sequence[str], prediction: Prediction, labels: Tensor) -> dict[str, Score]:
+    """Each modality alone, on the samples that have it; one that no sample has is left out. labels: int64 (N,)."""
+    rows = zip(modalities, prediction.unimodal, prediction.present, strict=True)
+    return {m: score(logits[present], labels[present]) for m, logits, present in rows if present.any()}
 
 
 def check_model_and_data(model: MultimodalModel, data: MultimodalData) -> None:

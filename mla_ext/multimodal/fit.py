@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm import tqdm
@@ -17,8 +19,8 @@ from tqdm import tqdm
 from ..optimizer import ProjectedSGD
 from . import checkpoint, parallel
 from .data import SPLITS, MultimodalData
-from .evaluate import Report, check_model_and_data, check_positive, evaluate, mode_of
-from .model import ORDERS, MultimodalModel, Step
+from .evaluate import Report, check_model_and_data, check_positive, evaluate
+from .model import ORDERS, MultimodalModel, Step, mode_of
 
 CHECKPOINT = "last.pt"
 METRICS = "metrics.jsonl"
@@ -105,15 +107,18 @@ def fit(
     settings |= config or {}
     run = _Run(model, optimizer, scheduler, settings)
     directory = None if out is None else Path(out)
+
+    def epoch_steps(epoch: int) -> list[Step]:
+        return model.steps(data, batch_size, order, torch.Generator().manual_seed(_epoch_seed(seed, epoch)))
+
+    _check_single_samples(model, data, (step for epoch in range(1, epochs + 1) for step in epoch_steps(epoch)))
     if directory is not None:
+        checkpoint.plain(run.content())  # what could not be read back is refused now
         if resume and (directory / CHECKPOINT).exists():
             run.restore(directory / CHECKPOINT)
         parallel.wait_for_all()  # nobody writes while others read
         run.open(directory)
     parallel.broadcast(model)
-
-    def epoch_steps(epoch: int) -> list[Step]:
-        return model.steps(data, batch_size, order, torch.Generator().manual_seed(_epoch_seed(seed, epoch)))
 
     cuda = [p.device for p in model.parameters() if p.is_cuda][:1]
     first = len(run.history) + 1
@@ -217,7 +222,12 @@ class _Run:
     def save(self, directory: Path) -> None:
         if not parallel.is_main():
             return
-        content = {
+        checkpoint.save(directory / CHECKPOINT, self.content())
+        self._write_metrics(directory)  # after the checkpoint: if killed in between, resuming mends them
+
+    def content(self) -> dict[str, Any]:
+        """What the checkpoint holds."""
+        return {
             "settings": self.settings,
             "epoch": len(self.history),
             "model": self.model.state_dict(),
@@ -226,8 +236,6 @@ class _Run:
             "history": self.history,
             "best": self.best,
         }
-        checkpoint.save(directory / CHECKPOINT, content)
-        self._write_metrics(directory)  # after the checkpoint: if killed in between, resuming mends them
 
     def _write_metrics(self, directory: Path) -> None:
         checkpoint.write_text(directory / METRICS, "".join(json.dumps(record) + "\n" for record in self.history))
@@ -239,11 +247,55 @@ class _Run:
             saved = content["scheduler"] is not None if name == "scheduler" else content["settings"].get(name)
             if saved != value:
                 raise ValueError(f"resume: expected a run with {name} {value!r}, got {saved!r} in {path}")
+        here = self.content()
+        _check_same("the model's state", _shapes(here["model"]), _shapes(content["model"]), path)
+        _check_same("the best epoch's weights", _shapes(here["model"]), _shapes(content["best"]["model"]), path)
+        if self.scheduler is not None:
+            _check_same("the scheduler's state", set(here["scheduler"]), set(content["scheduler"]), path)
+        groups = [[group["params"] for group in c["optimizer"]["param_groups"]] for c in (here, content)]
+        _check_same("the optimizer's parameter groups", *groups, path)
         self.optimizer.load_state_dict(content["optimizer"])
         self.model.load_state_dict(content["model"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(content["scheduler"])
         self.history, self.best = content["history"], content["best"]
+
+
+def _shapes(state: dict[str, Any]) -> dict[str, tuple[int, ...] | None]:
+    return {name: tuple(value.shape) if isinstance(value, Tensor) else None for name, value in state.items()}
+
+
+def _check_same(what: str, expected: Any, saved: Any, path: Path) -> None:
+    if saved != expected:
+        raise ValueError(f"resume: expected a run in which {what} is {expected}, got {saved} in {path}")
+
+
+def _check_single_samples(model: MultimodalModel, data: MultimodalData, steps: Iterable[Step]) -> None:
+    """ValueError if batch normalisation will meet a batch of one sample that it cannot take: it is tried on one."""
+    unsure = {
+        m
+        for m, encoder in model.encoders.items()
+        if any(isinstance(part, _BatchNorm) and (part.training or not model.training) for part in encoder.modules())
+    }
+    if not unsure:
+        return
+    cuda = [p.device for p in model.parameters() if p.is_cuda][:1]
+    for step in steps:
+        indices = parallel.share(step.indices)
+        for modality in unsure & set(step.modalities):
+            having = indices[data.present(modality)[indices]]
+            if len(having) != 1:
+                continue
+            unsure = unsure - {modality}
+            encoder = copy.deepcopy(model.encoders[modality])
+            with torch.no_grad(), torch.random.fork_rng(devices=cuda), mode_of(encoder, training=True):
+                try:
+                    encoder(model.inputs(data, modality, having))
+                except ValueError as error:
+                    raise ValueError(
+                        f"batch_size: expected one that leaves no batch with a single sample of modality {modality!r}, "
+                        f"whose encoder has batch normalisation: {error}"
+                    ) from error
 
 
 def _settings(model: MultimodalModel, optimizer: Optimizer, data: MultimodalData) -> dict[str, Any]:

@@ -7,7 +7,8 @@ A model says what one epoch of training consists of (`steps`), what a step minim
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -109,7 +110,8 @@ class SharedHeadModel(MultimodalModel):
         if order == "reversed":
             turns.reverse()
         elif order == "random":
-            turns = [turns[i] for i in torch.randperm(len(turns), generator=generator).tolist()]
+            drawn = torch.randperm(len(turns), generator=generator, device=generator.device)
+            turns = [turns[i] for i in drawn.tolist()]
         rounds = max(len(b) for b in batches.values())
         return [Step((m,), batches[m][i]) for i in range(rounds) for m in turns if i < len(batches[m])]
 
@@ -121,7 +123,11 @@ class SharedHeadModel(MultimodalModel):
 
     def logits(self, data: MultimodalData, indices: Tensor) -> Logits:
         present = torch.stack([data.present(m)[indices] for m in self.modalities])
-        rows = [self(m, self.inputs(data, m, indices[p])) for m, p in zip(self.modalities, present, strict=True)]
+        none = next(self.parameters()).new_zeros(0, len(data.classes))  # an encoder may refuse an empty batch
+        rows = [
+            self(m, self.inputs(data, m, indices[p])) if p.any() else none
+            for m, p in zip(self.modalities, present, strict=True)
+        ]
         present = present.to(rows[0].device)
         return Logits(torch.stack([scatter_rows(r, p) for r, p in zip(rows, present, strict=True)]), present)
 
@@ -143,11 +149,17 @@ class JointModel(MultimodalModel):
     def features(self, data: MultimodalData, indices: Tensor) -> tuple[list[Tensor], Tensor]:
         """parts and present of these samples, on the device of the model."""
         present = torch.stack([data.present(m)[indices] for m in self.modalities])
-        rows = [
-            self.encoders[m](self.inputs(data, m, indices[p])) for m, p in zip(self.modalities, present, strict=True)
-        ]
+        rows = [self._encoded(data, m, indices[p]) for m, p in zip(self.modalities, present, strict=True)]
         present = present.to(rows[0].device)
         return [scatter_rows(r, p) for r, p in zip(rows, present, strict=True)], present
+
+    def _encoded(self, data: MultimodalData, modality: str, indices: Tensor) -> Tensor:
+        """The encoder's features (n, s). Of no samples, n = 0, it sees one recording instead, as it may refuse none."""
+        encoder = self.encoders[modality]
+        if len(indices) > 0:
+            return encoder(self.inputs(data, modality, indices))
+        with mode_of(encoder, training=False):  # neither draws random numbers nor moves a running mean
+            return encoder(data.features[modality][:1].to(next(self.parameters())))[:0]
 
     def steps(self, data: MultimodalData, batch_size: int, order: str, generator: torch.Generator) -> list[Step]:
         """Every step uses all modalities; `order` says nothing here."""
@@ -188,9 +200,25 @@ class ConcatModel(JointModel):
         return torch.stack([F.linear(x, w, bias) for x, w in zip(parts, weights, strict=True)])
 
 
+@contextmanager
+def mode_of(module: nn.Module, training: bool) -> Iterator[None]:
+    """Training or evaluation mode; afterwards every submodule is in its own mode again.
+
+    Submodules that are in evaluation mode while the whole trains, such as a frozen encoder, stay in it.
+    """
+    modes = {part: part.training for part in module.modules()}
+    if not (training and module.training):
+        module.train(training)
+    try:
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+
+
 def shuffled_batches(indices: Tensor, batch_size: int, generator: torch.Generator) -> Sequence[Tensor]:
     """The indices in random order, in batches; the last may be smaller."""
-    return indices[torch.randperm(len(indices), generator=generator)].split(batch_size)
+    return indices[torch.randperm(len(indices), generator=generator, device=generator.device)].split(batch_size)
 
 
 def scatter_rows(rows: Tensor, present: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ def sgd(
     mask,
     z,
     grad_scale,
-    is_first,
+    first_step,
     lr,
     momentum,
     undamped,
@@ -70,7 +70,7 @@ def sgd(
     if momentum_buffer is not None:
         old = tl.load(momentum_buffer + offsets, mask, other=0.0)
         # The first buffer is the gradient itself; what is in memory then may be anything.
-        new = tl.where(is_first, g, momentum * old + undamped * g)
+        new = tl.where(first_step, g, momentum * old + undamped * g)
         tl.store(momentum_buffer + offsets, new, mask)
         if NESTEROV:
             g += momentum * new
@@ -80,10 +80,10 @@ def sgd(
 
 
 @triton.jit
-def rank_one(mean_dot_k, parts, alpha, alpha_pointer, PARTS: tl.constexpr, dtype: tl.constexpr):
-    """Of P − sign(d) u uᵀ with u = k / root: whether d can be absorbed at all, sign(d), and root = √|d|."""
+def rank_one(mean_dot_k, parts, alpha, alpha_tensor, PARTS: tl.constexpr, dtype: tl.constexpr):
+    """What makes P − sign(d) u uᵀ with u = k / root: whether d is absorbed at all, sign(d), and root = √|d|."""
     index = tl.arange(0, PARTS)
-    d = read(alpha, alpha_pointer, dtype) + tl.sum(tl.load(mean_dot_k + index, index < parts, other=0.0))
+    d = read(alpha, alpha_tensor, dtype) + tl.sum(tl.load(mean_dot_k + index, index < parts, other=0.0))
     size = tl.abs(d)
     return (size > 0) & (size < float("inf")), tl.where(d < 0, -1.0, 1.0).to(dtype), tl.sqrt(size)
 
@@ -128,7 +128,7 @@ def product_kernel(
     C,
     s,
     lr: tl.float64,
-    lr_pointer,
+    lr_tensor,
     momentum: tl.float64,
     undamped: tl.float64,
     weight_decay: tl.float64,
@@ -182,7 +182,7 @@ def product_kernel(
                 Z,
                 grad_scale,
                 tl.load(step) == 0,
-                read(lr, lr_pointer, dtype),
+                read(lr, lr_tensor, dtype),
                 tl.full((), momentum, dtype),
                 tl.full((), undamped, dtype),
                 tl.full((), weight_decay, dtype),
@@ -201,7 +201,7 @@ def norm_kernel(
     parts,
     s,
     alpha: tl.float64,
-    alpha_pointer,
+    alpha_tensor,
     forget: tl.float64,
     PARTS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -210,7 +210,7 @@ def norm_kernel(
     if is_skipped(found_inf):
         return
     dtype: tl.constexpr = projection.dtype.element_ty
-    _valid, sign, root = rank_one(mean_dot_k, parts, alpha, alpha_pointer, PARTS, dtype)
+    _absorbed, sign, root = rank_one(mean_dot_k, parts, alpha, alpha_tensor, PARTS, dtype)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     sums = tl.zeros((ROWS, COLUMNS), dtype)
     for first in range(0, s, COLUMNS):
@@ -232,8 +232,8 @@ def step_class(
     squares,
     square_parts,
     s,
-    is_first,
-    valid,
+    first_step,
+    absorbed,
     sign,
     root,
     lr,
@@ -272,9 +272,9 @@ def step_class(
             momentum_buffer,
             start + columns,
             mask,
-            tl.where(valid, corrected, Z),
+            tl.where(absorbed, corrected, Z),
             grad_scale,
-            is_first,
+            first_step,
             lr,
             momentum,
             undamped,
@@ -301,12 +301,12 @@ def finish_kernel(
     row_parts,
     s,
     lr: tl.float64,
-    lr_pointer,
+    lr_tensor,
     momentum: tl.float64,
     undamped: tl.float64,
     weight_decay: tl.float64,
     alpha: tl.float64,
-    alpha_pointer,
+    alpha_tensor,
     forget: tl.float64,
     NESTEROV: tl.constexpr,
     MAXIMIZE: tl.constexpr,
@@ -325,9 +325,9 @@ def finish_kernel(
         advance(step, program == 0)
     if k is not None:
         dtype: tl.constexpr = projection.dtype.element_ty
-        valid, sign, root = rank_one(mean_dot_k, parts, alpha, alpha_pointer, PARTS, dtype)
+        absorbed, sign, root = rank_one(mean_dot_k, parts, alpha, alpha_tensor, PARTS, dtype)
         if program < row_parts:
-            if valid:
+            if absorbed:
                 norm = frobenius_norm(squares, row_parts, ROW_PARTS, dtype)
                 rows = program * ROWS + tl.arange(0, ROWS)
                 for first in range(0, s, COLUMNS):
@@ -349,10 +349,10 @@ def finish_kernel(
                 row_parts,
                 s,
                 tl.load(step) == 1,  # `product` has advanced it
-                valid,
+                absorbed,
                 sign,
                 root,
-                read(lr, lr_pointer, dtype),
+                read(lr, lr_tensor, dtype),
                 tl.full((), momentum, dtype),
                 tl.full((), undamped, dtype),
                 tl.full((), weight_decay, dtype),

@@ -1,10 +1,11 @@
 // Runs kernels on the emulated device: `driver INPUT OUTPUT`. INPUT is a sequence of calls, each
 //   int64 operation, device, seed; int64 count and as many int64 arguments; int64 count and as many double arguments;
-//   int64 count of arrays, each: int64 bytes (-1: a null pointer), int64 offset (bytes past 16-byte alignment), data.
+//   int64 count of arrays, each: int64 bytes (-1: a null pointer), int64 offset (bytes past an aligned address), data.
 // OUTPUT gets for each call int64 error, launches; then every array's data again: what was not to change must not have.
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
+#include <new>
 #include <string>
 #include <vector>
 
@@ -12,6 +13,7 @@
 #include "entropy_fusion.h"
 #include "feature_mean.h"
 #include "head_step.h"
+#include "recorder.h"
 
 using namespace mla_ext;
 using namespace mla_ext::cuda;
@@ -36,31 +38,40 @@ std::vector<T> read_vector(std::FILE* file) {
 
 /// Memory of exactly the given size, so that AddressSanitizer sees every access beyond it.
 struct Array {
-  std::unique_ptr<unsigned char[]> memory;
+  static constexpr std::align_val_t kAlignment{256};  // as cudaMalloc's
+  struct Free {
+    void operator()(unsigned char* data) const {
+      if (emulation::recorder) emulation::recorder->free(data);
+      ::operator delete[](data, kAlignment);
+    }
+  };
+  std::unique_ptr<unsigned char[], Free> memory;
   unsigned char* data = nullptr;
   size_t bytes = 0;
 
-  Array(size_t bytes, size_t offset)
-      : memory(new unsigned char[bytes + offset]), data(memory.get() + offset), bytes(bytes) {
+  Array(size_t bytes, size_t offset, int number)
+      : memory(new (kAlignment) unsigned char[bytes + offset]), data(memory.get() + offset), bytes(bytes) {
     std::memset(data, 0xff, bytes);  // NaN
+    if (emulation::recorder) emulation::recorder->allocate(memory.get(), bytes + offset, number);
   }
   Array() = default;
 };
 
-Array read_array(std::FILE* file) {
+Array read_array(std::FILE* file, int number) {
   int64_t header[2];
   if (!read(file, header, 2)) std::abort();
   if (header[0] < 0) return {};
-  Array array(static_cast<size_t>(header[0]), static_cast<size_t>(header[1]));
+  Array array(static_cast<size_t>(header[0]), static_cast<size_t>(header[1]), number);
   if (!read(file, array.data, array.bytes)) std::abort();
   return array;
 }
 
-/// The t-th of `steps` equal parts of an array, as memory of its own.
-Array part(const Array& array, int64_t t, int64_t steps, size_t offset = 0) {
+/// The t-th of `steps` equal parts of the array of that number, as memory of its own.
+Array part(const std::vector<Array>& arrays, int number, int64_t t, int64_t steps, size_t offset = 0) {
+  const Array& array = arrays[static_cast<size_t>(number)];
   if (!array.data) return {};
   const size_t bytes = array.bytes / static_cast<size_t>(steps);
-  Array result(bytes, offset);
+  Array result(bytes, offset, number);
   std::memcpy(result.data, array.data + static_cast<size_t>(t) * bytes, bytes);
   return result;
 }
@@ -92,10 +103,10 @@ cudaError_t head_steps(const std::vector<int64_t>& n, const std::vector<double>&
   const int64_t steps = n[3];
   const size_t grad_offset = static_cast<size_t>(n[8]);
   for (int64_t t = 0; t < steps; ++t) {
-    const Array workspace(head_step_workspace_bytes(step.dtype, step.C, step.s), 0);
-    const Array grad = part(a[4], t, steps, grad_offset), mean = part(a[5], t, steps), lr = part(a[6], t, steps);
-    const Array alpha = part(a[7], t, steps), scale = part(a[8], t, steps), inf = part(a[9], t, steps);
-    const Array Z = part(a[10], t, steps);
+    const Array workspace(head_step_workspace_bytes(step.dtype, step.C, step.s), 0, emulation::kWorkspace);
+    const Array grad = part(a, 4, t, steps, grad_offset), mean = part(a, 5, t, steps), lr = part(a, 6, t, steps);
+    const Array alpha = part(a, 7, t, steps), scale = part(a, 8, t, steps), inf = part(a, 9, t, steps);
+    const Array Z = part(a, 10, t, steps);
     step.grad = grad.data;
     step.feature_mean = mean.data;
     step.hyper.lr_tensor = as_float(lr);
@@ -116,7 +127,7 @@ cudaError_t call(int64_t operation, const std::vector<int64_t>& n, const std::ve
     case kFeatureMean:
       return feature_mean(dtype, a[0].data, n[1], n[2], n[3], a[1].data, nullptr);
     case kRlsUpdate: {
-      const Array workspace(head_step_workspace_bytes(dtype, 0, n[1]), 0);
+      const Array workspace(head_step_workspace_bytes(dtype, 0, n[1]), 0, emulation::kWorkspace);
       return rls_update(dtype, a[0].data, a[1].data, n[1], x[0], x[1], n[2], workspace.data, nullptr);
     }
     case kHeadStep:
@@ -141,7 +152,7 @@ int main(int argc, char** argv) {
     int64_t count = 0;
     if (!read(input, &count, 1)) return 2;
     std::vector<Array> arrays;
-    for (int64_t i = 0; i < count; ++i) arrays.push_back(read_array(input));
+    for (int64_t i = 0; i < count; ++i) arrays.push_back(read_array(input, static_cast<int>(i)));
     emulation::use_device(static_cast<int>(header[1]), static_cast<uint64_t>(header[2]));
     const int64_t error = call(header[0], integers, reals, arrays);
     const int64_t outcome[2] = {error, emulation::launches()};

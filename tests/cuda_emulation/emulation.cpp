@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "cuda_runtime.h"
+#include "recorder.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -47,6 +48,9 @@ emulation_switch:
 )");
 
 namespace emulation {
+
+Recorder* recorder = nullptr;
+
 namespace {
 
 constexpr unsigned kWarp = 32;
@@ -55,7 +59,8 @@ constexpr unsigned kResidentThreads = 2048;  // of a launch without grid barrier
 constexpr int kFreeSharedBytes = 48 * 1024;  // what a kernel gets without asking
 constexpr unsigned char kPoison = 0xff;      // bytes of a NaN in every floating-point type
 
-const Device kDevices[] = {{132, 1, 232448}, {3, 1, 232448}, {40, 1, 166912}, {5, 2, 101376}, {1, 1, 101376}};
+const Device kDevices[] = {{132, 1, 232448}, {3, 1, 232448}, {40, 1, 166912},
+                           {5, 2, 101376},   {1, 1, 101376}, {132, 1, 232448, 100}};
 
 int device_index = 0;
 int64_t launch_count = 0;
@@ -70,6 +75,7 @@ std::map<std::pair<int, const void*>, int> raised_shared_bytes;  // of a device'
 
 struct Fibre;
 struct Barrier {
+  Scope scope = Scope::kWarp;
   size_t expected = 0;
   std::vector<Fibre*> waiting;
 };
@@ -84,13 +90,14 @@ struct Block {
   Barrier barrier;
   std::vector<Warp> warps;
   std::unique_ptr<unsigned char[]> dynamic_shared;
+  size_t dynamic_bytes = 0;
   std::vector<unsigned char> static_shared;  // while another block runs
   std::vector<Fibre*> ready;
 };
 
 struct Copy {
   void* to;
-  const void* from;
+  const void* from;  // null: it has happened
   size_t bytes;
 };
 
@@ -108,23 +115,30 @@ struct Fibre {
 Fibre launcher;  // the stack that launched
 Fibre* current = &launcher;
 Block* loaded_block = nullptr;  // whose variables are in static shared memory
-const std::function<void()>* current_kernel = nullptr;
+Kernel current_kernel = {};
 std::vector<Block*> runnable;  // have a fibre that is ready
-Barrier grid;
+Barrier grid{Scope::kGrid, 0, {}};
 size_t running = 0;  // threads that have not returned
 
 /// Where the __shared__ variables are: all thread-local storage of this program, which has no other.
 struct Storage {
   unsigned char* data = nullptr;
   size_t bytes = 0;
+  uintptr_t program_begin = UINTPTR_MAX, program_end = 0;  // and its constants and other variables
   Storage() {
     dl_iterate_phdr(
         [](dl_phdr_info* program, size_t, void* self) {  // the first is the executable
           auto& storage = *static_cast<Storage*>(self);
           for (int i = 0; i < program->dlpi_phnum; ++i) {
-            if (program->dlpi_phdr[i].p_type != PT_TLS) continue;
-            storage.data = static_cast<unsigned char*>(program->dlpi_tls_data);
-            storage.bytes = program->dlpi_phdr[i].p_memsz;
+            const ElfW(Phdr) & part = program->dlpi_phdr[i];
+            if (part.p_type == PT_TLS) {
+              storage.data = static_cast<unsigned char*>(program->dlpi_tls_data);
+              storage.bytes = part.p_memsz;
+            } else if (part.p_type == PT_LOAD) {
+              const uintptr_t begin = program->dlpi_addr + part.p_vaddr;
+              storage.program_begin = std::min(storage.program_begin, begin);
+              storage.program_end = std::max<uintptr_t>(storage.program_end, begin + part.p_memsz);
+            }
           }
           return 1;
         },
@@ -180,6 +194,10 @@ Fibre* take_ready() {
 
 void release_if_complete(Barrier& barrier) {
   if (barrier.waiting.empty() || barrier.waiting.size() < barrier.expected) return;
+  if (recorder) {
+    const Fibre* one = barrier.waiting.front();
+    recorder->barrier(barrier.scope, one->block->index.x, one->thread);
+  }
   for (Fibre* fibre : barrier.waiting) make_ready(fibre);
   barrier.waiting.clear();
 }
@@ -196,7 +214,7 @@ void wait(Barrier& barrier) {
 void fibre_main() {
   __sanitizer_finish_switch_fiber(nullptr, launcher.stack ? nullptr : &launcher.stack,
                                   launcher.stack ? nullptr : &launcher.stack_bytes);
-  (*current_kernel)();
+  current_kernel.call(current_kernel.arguments);
   Barrier& barrier = current->block->barrier;
   --barrier.expected;
   release_if_complete(barrier);
@@ -225,7 +243,7 @@ void run_blocks(const unsigned* indices, size_t count, unsigned threads, size_t 
   for (size_t b = 0; b < count; ++b) {
     Block& block = blocks[b];
     block.index = dim3(indices[b], 0, 0);
-    block.barrier.expected = threads;
+    block.barrier = {Scope::kBlock, threads, {}};
     block.warps.resize((threads + kWarp - 1) / kWarp);
     for (size_t w = 0; w < block.warps.size(); ++w) {
       block.warps[w].barrier.expected = std::min<size_t>(kWarp, threads - w * kWarp);
@@ -233,6 +251,7 @@ void run_blocks(const unsigned* indices, size_t count, unsigned threads, size_t 
     block.static_shared.assign(storage.bytes, kPoison);
     if (shared_bytes > 0) {
       block.dynamic_shared.reset(new unsigned char[shared_bytes]);
+      block.dynamic_bytes = shared_bytes;
       std::memset(block.dynamic_shared.get(), kPoison, shared_bytes);
     }
     for (unsigned t = 0; t < threads; ++t) {
@@ -266,18 +285,35 @@ void use_device(int index, uint64_t seed) {
 
 int64_t launches() { return launch_count; }
 
-void run(dim3 grid_size, dim3 block_size, size_t shared_bytes, bool cooperative, const std::function<void()>& kernel) {
+void run(dim3 grid_size, dim3 block_size, size_t shared_bytes, bool cooperative, Kernel kernel) {
   gridDim = grid_size;
   blockDim = block_size;
-  current_kernel = &kernel;
+  current_kernel = kernel;
   ++launch_count;
   std::vector<unsigned> order(grid_size.x);
   for (unsigned i = 0; i < grid_size.x; ++i) order[i] = i;
   std::shuffle(order.begin(), order.end(), generator);
+  if (recorder) recorder->begin(grid_size.x, block_size.x);
   const size_t resident = cooperative ? order.size() : std::max(1u, kResidentThreads / block_size.x);
   for (size_t first = 0; first < order.size(); first += resident) {
     run_blocks(&order[first], std::min(resident, order.size() - first), block_size.x, shared_bytes);
   }
+  if (recorder) recorder->end();
+}
+
+Running running_thread() {
+  return current == &launcher ? Running{} : Running{true, current->block->index.x, current->thread};
+}
+
+Space space_of(const void* address) {
+  const auto in = [address](const void* begin, size_t bytes) {
+    return address >= begin && address < static_cast<const unsigned char*>(begin) + bytes;
+  };
+  if (in(current->stack, current->stack_bytes)) return Space::kPrivate;
+  if (in(storage.data, storage.bytes)) return Space::kShared;
+  if (in(current->block->dynamic_shared.get(), current->block->dynamic_bytes)) return Space::kShared;
+  const auto number = reinterpret_cast<uintptr_t>(address);  // in the program: constants, threadIdx and its like
+  return storage.program_begin <= number && number < storage.program_end ? Space::kPrivate : Space::kGlobal;
 }
 
 const void* exchange(const void* value, size_t bytes, int source_lane_mask) {
@@ -299,18 +335,20 @@ void grid_barrier() { wait(grid); }
 void copy_async(void* to, const void* from, size_t bytes) {
   const bool aligned = reinterpret_cast<uintptr_t>(to) % bytes == 0 && reinterpret_cast<uintptr_t>(from) % bytes == 0;
   if ((bytes != 4 && bytes != 8 && bytes != 16) || !aligned) fail("an asynchronous copy of odd size or alignment");
-  if (draw(2)) {
-    std::memcpy(to, from, bytes);
-  } else {
-    current->copies.back().push_back({to, from, bytes});
-  }
+  if (recorder) recorder->copy(to, from, bytes);
+  const bool now = draw(2) != 0;
+  if (now) std::memcpy(to, from, bytes);
+  current->copies.back().push_back({to, now ? nullptr : from, bytes});
 }
 
 void commit_copies() { current->copies.emplace_back(); }
 
 void wait_copies(size_t groups_left) {
   while (current->copies.size() > groups_left + 1) {
-    for (const Copy& copy : current->copies.front()) std::memcpy(copy.to, copy.from, copy.bytes);
+    for (const Copy& copy : current->copies.front()) {
+      if (copy.from) std::memcpy(copy.to, copy.from, copy.bytes);
+      if (recorder) recorder->landed(copy.to, copy.bytes);
+    }
     current->copies.pop_front();
   }
 }
@@ -362,7 +400,8 @@ cudaError_t emulated_launch_check(const void* kernel, unsigned blocks, size_t sh
   const int limit = raised == emulation::raised_shared_bytes.end() ? emulation::kFreeSharedBytes : raised->second;
   if (shared_bytes > static_cast<size_t>(limit)) return cudaErrorInvalidValue;
   if (blocks == 0) return cudaErrorInvalidConfiguration;
-  if (cooperative && blocks > static_cast<unsigned>(device.multiprocessors * device.blocks_per_multiprocessor)) {
+  if (cooperative &&
+      blocks > static_cast<unsigned>(device.multiprocessors * device.blocks_per_multiprocessor - device.held_blocks)) {
     return cudaErrorCooperativeLaunchTooLarge;
   }
   return cudaSuccess;

@@ -55,10 +55,6 @@ void parallel_for(int64_t begin, int64_t end, int64_t, cpu::Body body, void* con
   for (std::thread& other : others) other.join();
 }
 
-cpu::RlsUpdate of(const RlsUpdate& update) {
-  return {update.projection, update.feature_mean, update.s, update.alpha, update.forget, update.normalize};
-}
-
 }  // namespace
 
 void use(int64_t variant, uint64_t seed) {
@@ -74,40 +70,66 @@ void use(int64_t variant, uint64_t seed) {
 }
 
 void feature_mean(DType dtype, const void* features, void* mean, int64_t N, int64_t s, int64_t) {
-  kernels->feature_mean(cpu::DType(dtype), features, mean, N, s, parallel_for);
+  kernels->feature_mean(mla_ext::DType(dtype), features, mean, N, s, parallel_for);
 }
 
 void rls_update(DType accumulate, const RlsUpdate& update) {
-  kernels->rls_update(cpu::DType(accumulate), of(update), parallel_for);
+  mla_ext::Hyperparameters hyper;
+  hyper.alpha = update.alpha;
+  hyper.forget = update.forget;
+  hyper.normalize = update.normalize;
+  kernels->rls_update(mla_ext::DType(accumulate), update.projection, update.feature_mean, update.s, hyper,
+                      parallel_for);
 }
 
-void head_step(DType dtype, const HeadStep& step) {
-  const size_t element = dtype == DType::Float64 ? 8 : 4, size = size_t(step.C * step.rls.s) * element;
-  const cpu::DType accumulate = dtype == DType::Float64 ? cpu::DType::Float64 : cpu::DType::Float32;
-  std::vector<unsigned char> projected(size + size_t(step.rls.s) * element, 0xff);
-  if (step.projected_grad) {
-    std::memcpy(projected.data(), step.projected_grad, size);
-    kernels->project(accumulate, step.rls.projection, nullptr, 0, step.rls.feature_mean, step.rls.s,
-                     projected.data() + size, parallel_for);
+/// A product that is given rather than made.
+struct Given {
+  const void* product;
+  void* out;
+  size_t size;
+
+  static void copy(void* context) {
+    const Given& given = *static_cast<const Given*>(context);
+    std::memcpy(given.out, given.product, given.size);
   }
-  // The update of P at once, or put off and then made: both must end alike.
-  const bool may_wait =
+};
+
+void head_step(DType dtype, const HeadStep& step) {
+  const int64_t s = step.rls.s;
+  const size_t element = mla_ext::accumulate_bytes(mla_ext::DType(dtype)), row = size_t(s) * element;
+  std::vector<unsigned char> projected(size_t(step.C + 1) * row, 0xff);
+  Given given{step.projected_grad, projected.data(), size_t(step.C) * row};
+  const cpu::Workspace workspace{projected.data(), step.projected_grad == nullptr ? nullptr : Given::copy, &given};
+
+  // The update of P at once, or deferred and then made: both must end alike.
+  const bool may_defer =
       step.rls.forget == 0 && !step.rls.normalize && !(step.absorb_before && step.projected_grad != nullptr);
-  const int64_t capacity = may_wait ? int64_t(generator() % 4) : 0;
-  std::vector<unsigned char> rows(size_t(capacity * step.rls.s) * element, 0xff);
+  const int64_t capacity = may_defer ? int64_t(generator() % 4) : 0;
+  std::vector<unsigned char> rows(size_t(capacity) * row, 0xff);
   int64_t count = 0;
-  const cpu::Pending pending{capacity > 0 ? rows.data() : nullptr, capacity, &count};
-  kernels->head_step(cpu::DType(dtype),
-                     {of(step.rls), step.C, step.weight, step.grad, step.momentum_buffer, projected.data(),
-                      step.projected_grad != nullptr, pending, *step.step == 0, step.absorb_before, step.nesterov,
-                      step.maximize, step.grad_scale, step.lr, step.momentum, step.dampening, step.weight_decay},
-                     parallel_for);
-  if (capacity > 0) kernels->fold(accumulate, step.rls.projection, step.rls.s, pending, parallel_for);
-  *step.step += 1;
+  const mla_ext::Projection P{step.rls.projection, nullptr, capacity > 0 ? rows.data() : nullptr,
+                              capacity > 0 ? &count : nullptr, capacity};
+  mla_ext::Hyperparameters hyper;
+  hyper.lr = step.lr;
+  hyper.momentum = step.momentum;
+  hyper.dampening = step.dampening;
+  hyper.weight_decay = step.weight_decay;
+  hyper.alpha = step.rls.alpha;
+  hyper.forget = step.rls.forget;
+  hyper.nesterov = step.nesterov;
+  hyper.maximize = step.maximize;
+  hyper.absorb_before = step.absorb_before;
+  hyper.normalize = step.rls.normalize;
+  kernels->head_step({mla_ext::DType(dtype), step.C, s, step.weight, step.grad, step.momentum_buffer, P,
+                      step.rls.feature_mean, step.step, hyper, &step.grad_scale, nullptr},
+                     workspace, parallel_for);
+  if (capacity > 0)
+    kernels->settle(dtype == DType::Float64 ? mla_ext::DType::Float64 : mla_ext::DType::Float32, P, s, parallel_for);
 }
 
 void entropy_fusion(DType dtype, const EntropyFusion& f) {
-  kernels->entropy_fusion(cpu::DType(dtype), {f.logits, f.present, f.fused, f.weights, f.M, f.N, f.C}, parallel_for);
+  kernels->entropy_fusion(mla_ext::DType(dtype), {f.logits, f.present, f.fused, f.weights, f.M, f.N, f.C},
+                          parallel_for);
 }
 
 }  // namespace fuzz

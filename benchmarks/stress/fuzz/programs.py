@@ -82,11 +82,12 @@ def build_cpu(
         flags = (*flags, "-DMLA_EXT_BASELINE_ONLY")
     objects = [
         compiler.compile(
-            csrc / "cpu" / "kernels.cpp",
-            directory / f"{isa}.o",
-            (*flags, *ISAS[isa], "-ffp-contract=fast", f"-DMLA_EXT_ISA={isa}"),
+            csrc / "cpu" / f"{source}.cpp",
+            directory / f"{source}_{isa}.o",
+            (*flags, *ISAS[isa], f"-ffp-contract={contract}", f"-DMLA_EXT_ISA={isa}"),
         )
         for isa in isas
+        for source, contract in (("kernels", "fast"), ("plain_sgd", "off"))
     ]
     if base is not None:
         return compiler.link([*objects, *base.glob("fuzz_*.o")], directory / "cpu", flags)

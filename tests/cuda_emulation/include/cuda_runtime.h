@@ -7,8 +7,8 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
-#include <functional>
 
 #define __global__
 #define __device__
@@ -30,12 +30,18 @@ namespace emulation {
 struct Device {
   int multiprocessors;
   int blocks_per_multiprocessor;
-  int shared_bytes;  // the most that one block may have
+  int shared_bytes;     // the most that one block may have
+  int held_blocks = 0;  // by another process: a cooperative launch has so many fewer than occupancy promises
 };
 void use_device(int index, uint64_t seed);  // the seed orders threads, blocks and asynchronous copies
 int64_t launches();                         // since then
 
-void run(dim3 grid, dim3 block, size_t shared_bytes, bool cooperative, const std::function<void()>& kernel);
+/// One thread's call of a kernel, with the arguments of its launch.
+struct Kernel {
+  void (*call)(const void* arguments);
+  const void* arguments;
+};
+void run(dim3 grid, dim3 block, size_t shared_bytes, bool cooperative, Kernel kernel);
 const void* exchange(const void* value, size_t bytes, int source_lane_mask);
 void block_barrier();
 void grid_barrier();
@@ -48,7 +54,7 @@ void wait_copies(size_t groups_left);
 inline void __syncthreads() { emulation::block_barrier(); }
 
 template <typename T>
-T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
+__attribute__((no_sanitize("thread"))) T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
   T result;
   if (mask != 0xffffffffu) std::abort();  // only whole warps are emulated
   std::memcpy(&result, emulation::exchange(&value, sizeof(T), lane_mask), sizeof(T));
@@ -116,7 +122,10 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   const cudaError_t error = emulated_launch_check(reinterpret_cast<const void*>(kernel), config->gridDim.x,
                                                   config->dynamicSmemBytes, cooperative);
   if (error != cudaSuccess) return error;
-  emulation::run(config->gridDim, config->blockDim, config->dynamicSmemBytes, cooperative,
-                 [=] { kernel(static_cast<P>(arguments)...); });
+  // No accesses for a recorder: on the device the arguments are constants.
+  const auto call = [=]() __attribute__((no_sanitize("thread"))) { kernel(static_cast<P>(arguments)...); };
+  const auto call_it = [](const void* it)
+                           __attribute__((no_sanitize("thread"))) { (*static_cast<decltype(call)*>(it))(); };
+  emulation::run(config->gridDim, config->blockDim, config->dynamicSmemBytes, cooperative, {call_it, &call});
   return cudaSuccess;
 }
