@@ -6,6 +6,7 @@ float64 weights. "step": the updates that the momentum buffer has seen.
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 import torch
@@ -44,14 +45,20 @@ def set_projection(state: dict[str, Any], projection: Projection) -> None:
 
 
 def check(state: dict[str, Any], weight: Tensor) -> None:
-    """Raises ValueError for a saved projection that does not fit `weight`."""
-    wanted = {"base": 2 * weight.shape[1:], BEFORE_0_2: 2 * weight.shape[1:], "rows": ("R", *weight.shape[1:])}
-    for name, shape in wanted.items():
-        tensor = state.get(name)
-        if tensor is not None and not fits(tensor.shape, shape):
-            raise ValueError(
-                f"state_dict: expected a projection for {describe(weight)}, got {describe(tensor)} as {name}"
-            )
+    """Raises ValueError for the saved state of a projected weight that does not fit `weight`."""
+    if not has_projection(state):
+        return
+    s = weight.shape[1:]
+    shapes = {"base": 2 * s, BEFORE_0_2: 2 * s, "rows": ("R", *s), "momentum_buffer": weight.shape}
+    for name in dtypes_of(weight):
+        value = state.get(name)
+        if name in shapes:
+            is_fine = value is None or (isinstance(value, Tensor) and fits(value.shape, shapes[name]))
+        else:  # numbers, as some programs save them
+            is_fine = value is None or isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
+        if not is_fine:
+            what = "a momentum buffer" if name == "momentum_buffer" else "a projection"
+            raise ValueError(f"state_dict: expected {what} for {describe(weight)}, got {describe(value)} as {name}")
 
 
 def form_of(group: dict[str, Any], s: int, backend: Backend) -> int | None:

@@ -10,7 +10,12 @@ from torch import Tensor
 
 from . import backends, head_state
 
-__all__ = ["read", "restore"]
+__all__ = ["is_new", "read", "restore"]
+
+
+def is_new(state_dict: dict[str, Any]) -> bool:
+    """Whether it is of an optimizer with projections that has not stepped yet, so that each P is the identity."""
+    return not state_dict["state"] and all("alpha" in group for group in state_dict["param_groups"])
 
 
 def read(
@@ -48,8 +53,12 @@ def restore(
         return
     state = states[param]
     for name, dtype in head_state.dtypes_of(param).items():
-        if saved.get(name) is not None:
-            state[name] = torch.as_tensor(saved[name]).to(param.device, dtype, copy=True)
+        value = saved.get(name)
+        if isinstance(value, Tensor):
+            value = value.to(param.device, dtype, copy=True)
+            state[name] = value if value.dim() == 2 else value.reshape(())
+        elif value is not None:
+            state[name] = torch.tensor(value, dtype=dtype, device=param.device)
     P = head_state.get_projection(state)
     assert P is not None
     if group["rank"] != "auto":

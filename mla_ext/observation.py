@@ -23,7 +23,7 @@ class Observation:
 
     def add(self, other: Observation) -> None:
         self.count += other.count
-        self.mean = self.mean.lerp(other.mean.to(self.mean), other.count / self.count)
+        self.mean = self.mean.to(other.mean).lerp(other.mean, other.count / self.count)  # the model may have moved
 
 
 def observe(features: Tensor, dtype: torch.dtype, backend: str) -> Observation:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
@@ -15,10 +16,10 @@ from torch.utils.hooks import RemovableHandle
 
 from . import backends, checks, head_state, loading, ops
 from .observation import Observation, average_over_ranks, observe
-from .plain import plain_step
+from .plain import check_plain_step, plain_step
 from .recording import Link, Recorder
 from .reference import Hyperparameters, accumulate_dtype
-from .sharding import check_sharding, local_shards
+from .sharding import check_ranks, check_sharding, local_shards
 from .step import HeadStep
 
 __all__ = ["ProjectedSGD"]
@@ -58,6 +59,7 @@ class ProjectedSGD(Optimizer):
     and P as they are. `mla_ext/head_state.py` says what the state of an attached weight is.
     """
 
+    _has_loaded = False
     _step_supports_amp_scaling = True  # tells GradScaler to pass its scale on, rather than wait for the overflow check
 
     def __init__(
@@ -88,9 +90,10 @@ class ProjectedSGD(Optimizer):
         options = {"rank": rank, "capturable": capturable, "foreach": foreach, "fused": fused}
         checks.check_options(options, differentiable, process_group)
         backends.check_name(backend)
+        check_ranks(process_group)
         self.backend = backend
         self.process_group = process_group
-        self._attached: dict[Tensor, None] = {}  # no set: torch.compile takes sets of no tensors
+        self._attached: dict[Tensor, weakref.ref[Recorder] | None] = {}  # with the hook that should feed it, if any
         self._observed: dict[Tensor, Observation] = {}
         self._checked_groups: dict[int, Hyperparameters] = {}
         self._link = Link()
@@ -119,7 +122,9 @@ class ProjectedSGD(Optimizer):
         if not isinstance(head, nn.Linear):
             raise TypeError(f"head: expected an nn.Linear, got {type(head).__name__}")
         self._attach(head.weight, "head.weight")
-        handle = head.register_forward_hook(Recorder(self._link, head.weight), with_kwargs=True)
+        recorder = Recorder(self._link, head.weight)
+        handle = head.register_forward_hook(recorder, with_kwargs=True)
+        self._attached[head.weight] = weakref.ref(recorder)
         weakref.finalize(self, handle.remove).atexit = False
         return handle
 
@@ -186,6 +191,10 @@ class ProjectedSGD(Optimizer):
                 plain_step(self.state, group, params, grad_scale, found_inf)
         for head_step, backend in head_steps:
             ops.run_head_step_(head_step, backend)
+        if head_steps:  # torch.distributed.checkpoint asks for the state of every parameter if it finds any
+            for _, params in plain_groups:
+                for param in params:
+                    self.state[param]
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -196,33 +205,49 @@ class ProjectedSGD(Optimizer):
         """
         kept = [{n: group[n] for n in ("lr", "alpha") if isinstance(group[n], Tensor)} for group in self.param_groups]
         saved: dict[Tensor, dict[str, Any]] = {}
+        is_new = False
 
         def read(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+            nonlocal is_new
+            is_new = loading.is_new(state_dict)
             state_dict, of_params = loading.read(self.param_groups, state_dict)
             saved.update(of_params)
             return state_dict
 
-        hook = self.register_load_state_dict_pre_hook(read)  # the last one: it sees what the user's hooks made
+        def restore(optimizer: Optimizer) -> None:
+            for group, tensors in zip(self.param_groups, kept, strict=True):
+                for name, tensor in tensors.items():  # captured graphs know these tensors, not new ones
+                    group[name] = tensor.copy_(torch.as_tensor(group[name]).reshape(tensor.shape))
+            self._observed.clear()
+            for group in self.param_groups:
+                for param in group["params"]:
+                    loading.restore(self.state, param, saved.get(param, {}), group, self.backend)
+
+        # Between the user's hooks: those before see what torch's do, and those after see the state as it is kept.
+        hooks = (
+            self.register_load_state_dict_pre_hook(read),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        )
         try:
             super().load_state_dict(state_dict)
         finally:
-            hook.remove()
-        for group, tensors in zip(self.param_groups, kept, strict=True):
-            for name, tensor in tensors.items():  # captured graphs know these tensors, not new ones
-                group[name] = tensor.copy_(torch.as_tensor(group[name]).reshape(tensor.shape))
-        self._observed.clear()
-        for group in self.param_groups:
-            for param in group["params"]:
-                loading.restore(self.state, param, saved.get(param, {}), group, self.backend)
-                if param in self._attached and not head_state.has_projection(self.state.get(param, {})):
-                    warnings.warn(
-                        "the loaded state has no projection for an attached weight: its P starts from the identity",
-                        stacklevel=2,
-                    )
+            for hook in hooks:
+                hook.remove()
+        self._has_loaded = True
+        for weight in () if is_new else self._attached:
+            self._warn_of_identity(weight, stacklevel=3)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ProjectedSGD:
+        memo[id(self.process_group)] = self.process_group  # which cannot be copied: the copy has the same ranks
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return copied
 
     def __getstate__(self) -> dict[str, Any]:
         own: dict[str, Any] = {"backend": self.backend, "process_group": self.process_group}
-        own |= {"_attached": self._attached, "_link": self._link, "_observed": {}, "_checked_groups": {}}
+        own |= {"_attached": dict.fromkeys(self._attached), "_link": self._link}
+        own |= {"_observed": {}, "_checked_groups": {}}
         return super().__getstate__() | own
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -241,6 +266,30 @@ class ProjectedSGD(Optimizer):
             raise ValueError(f"{name}: expected a parameter of this optimizer, got {checks.describe(weight)}{computed}")
         check_sharding(name, weight)
         self._attached[weight] = None
+        if self._has_loaded:
+            self._warn_of_identity(weight, stacklevel=4)
+
+    def _warn_of_identity(self, weight: Tensor, stacklevel: int) -> None:
+        if not head_state.has_projection(self.state.get(weight, {})):
+            warnings.warn(
+                "the loaded state has no projection for an attached weight: its P starts from the identity",
+                stacklevel=stacklevel,
+            )
+
+    def _warn_of_starvation(self, weight: Tensor) -> None:
+        """Say once that a head is not fed, at the second such step in a row; one may be another program's trial."""
+        reference = self._attached.get(weight)
+        recorder = None if reference is None else reference()
+        if recorder is None:  # fed by hand, or the handle was removed
+            return
+        recorder.starved += 1
+        if recorder.starved == 2:
+            self._attached[weight] = None
+            warnings.warn(
+                "an attached weight has gradients and no features, so its P stays as it is: its head is in evaluation "
+                "mode, or the weight is used outside the head that was attached",
+                stacklevel=5,
+            )
 
     def _is_projected(self, param: Tensor) -> bool:
         return param in self._attached or head_state.has_projection(self.state.get(param, {}))
@@ -251,8 +300,8 @@ class ProjectedSGD(Optimizer):
         if known is not None and all(getattr(known, name) is group[name] for name in _HYPERPARAMETERS):
             return known
         hyper = _hyperparameters(group)
-        checks.check_hyperparameters(hyper)
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():  # where a check would compile the numbers in
+            checks.check_hyperparameters(hyper)
             self._checked_groups[index] = hyper
         return hyper
 
@@ -267,12 +316,17 @@ class ProjectedSGD(Optimizer):
             params = [param for param in group["params"] if param.grad is not None]
             heads += [(group, hyper, param) for param in params if self._is_projected(param)]
             plain.append((group, [param for param in params if not self._is_projected(param)]))
+            check_plain_step(self.state, *plain[-1])
 
         observations = [self._observed.get(weight) for *_, weight in heads]
         means = [None if observation is None else observation.mean for observation in observations]
         ranks = self.process_group
         if heads and not isinstance(ranks, str) and dist.is_available() and dist.is_initialized():
             means = [*average_over_ranks(observations, [weight for *_, weight in heads], ranks)]
+        elif not torch.compiler.is_compiling():
+            for (*_, weight), mean in zip(heads, means, strict=True):
+                if mean is None:
+                    self._warn_of_starvation(weight)
 
         steps = []
         for (group, hyper, weight), mean in zip(heads, means, strict=True):
@@ -283,7 +337,7 @@ class ProjectedSGD(Optimizer):
             W, G, M = local_shards(weight, weight.grad, momentum_buffer)
             # A step without momentum is none that the buffer has seen.
             step = torch.zeros_like(state["step"]) if momentum_buffer is None else state["step"]
-            mean = None if mean is None else mean.to(accumulate_dtype(weight.dtype))
+            mean = None if mean is None else mean.to(weight.device, accumulate_dtype(weight.dtype))
             head_step = HeadStep(W, G, M, P, mean, step, hyper, grad_scale, found_inf)
             checks.check_head_step(head_step)
             steps.append((head_step, backend))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from functools import cache
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch.autograd.graph import increment_version
 from torch.optim.sgd import sgd
 
 from . import _library
+from .checks import describe
 
 __all__ = ["plain_step"]
 
@@ -68,6 +69,18 @@ def plain_step(
     if is_first:
         for param, buffer in zip(params, buffers, strict=True):
             state[param]["momentum_buffer"] = buffer
+
+
+def check_plain_step(state: Mapping[Tensor, dict[str, Any]], group: dict[str, Any], params: list[Tensor]) -> None:
+    """Raises what would make a step of `params` fail halfway: TypeError for a gradient, ValueError for a buffer."""
+    for param in params:
+        grad = param.grad
+        if grad is not None and grad.is_sparse and (group["fused"] or group["weight_decay"] != 0):
+            raise TypeError(f"grad: expected a dense tensor with weight_decay or fused=True, got {describe(grad)}")
+    for param in params if _has_momentum(group) else ():
+        buffer = state[param].get("momentum_buffer")
+        if buffer is not None and (buffer.shape != param.shape or buffer.device != param.device):
+            raise ValueError(f"momentum_buffer: expected one for {describe(param)}, got {describe(buffer)}")
 
 
 def _takes_fused(group: dict[str, Any], params: list[Tensor], grads: list[Tensor], scaled: bool) -> bool:

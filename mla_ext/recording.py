@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from .checks import WEIGHT_DTYPES
 
 if TYPE_CHECKING:
     from .optimizer import ProjectedSGD
@@ -32,15 +35,48 @@ class Link:
 
 
 class Recorder:
-    """The forward hook of a head whose weight is `weight`."""
+    """The forward hook of a head whose weight is `weight`. It never makes a forward fail that works without it.
+
+    `starved` counts the steps in a row, each with a gradient, before which this head was fed nothing.
+    """
 
     def __init__(self, link: Link, weight: Tensor) -> None:
         self.link, self.weight = link, weight
+        self.starved, self.has_skipped = 0, False
 
     def __call__(self, head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         optimizer = None if self.link.optimizer is None else self.link.optimizer()
         if optimizer is None or not (head.training and torch.is_grad_enabled() and self.weight.requires_grad):
             return
-        features = args[0] if args else kwargs["input"]
+        if torch.compiler.is_exporting():  # the graph is for other programs, without this optimizer
+            return
+        self.starved = 0
+        features = args[0] if args else kwargs.get("input")
+        if not _has_rows(features, self.weight):
+            if not self.has_skipped:
+                self.has_skipped = True
+                warnings.warn(
+                    "the features that an attached head was fed cannot be recorded, so its P does not learn of them: "
+                    f"expected rows of {self.weight.shape[1]} numbers on {self.weight.device}, got a "
+                    f"{type(features).__name__}; said once",
+                    stacklevel=2,
+                )
+            return
         if features.numel() > 0:
-            optimizer.observe(self.weight, features.detach().reshape(-1, features.shape[-1]))
+            features = features.detach().reshape(-1, features.shape[-1])
+            if type(features) is not Tensor:  # P is a plain tensor, whatever the features
+                features = features.as_subclass(Tensor)
+            optimizer.observe(self.weight, features)
+
+
+def _has_rows(features: Any, weight: Tensor) -> bool:
+    """Whether features (..., s) hold numbers to take the mean of, for a weight (C, s)."""
+    if not isinstance(features, Tensor) or features.is_nested or features.layout != torch.strided:
+        return False
+    if not torch.compiler.is_compiling() and (
+        type(features).__torch_dispatch__ is not Tensor.__torch_dispatch__  # no numbers of its own, as a FakeTensor
+        or torch._C._functorch.is_functorch_wrapped_tensor(features)  # in vmap, jvp, ...: meaningless after it
+    ):
+        return False
+    fits = features.dim() > 0 and features.shape[-1] == weight.shape[1]
+    return fits and features.device == weight.device and features.dtype in WEIGHT_DTYPES

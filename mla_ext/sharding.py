@@ -1,18 +1,36 @@
-"""Head weights that are sharded over ranks (DTensor, as FSDP2's fully_shard leaves them).
+"""Head weights that are sharded over ranks: DTensor, as FSDP2's fully_shard leaves them, or whole on one rank each.
 
 P acts on the input side of a weight (C, s), so each rank can step the classes it holds by itself, with the same P.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeGuard, cast
+import sys
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
-__all__ = ["check_sharding", "local_shards"]
+__all__ = ["check_ranks", "check_sharding", "local_shards"]
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
+
+
+def check_ranks(process_group: Any) -> None:
+    """Raises ValueError for an optimizer that ZeroRedundancyOptimizer is making, unless its ranks step on their own.
+
+    That gives each rank other parameters, so the rank with a head would wait for ranks that never come.
+    """
+    if process_group == "local" or not (dist.is_available() and dist.is_initialized()):
+        return
+    frame = sys._getframe()
+    while (frame := frame.f_back) is not None:
+        if type(frame.f_locals.get("self")).__name__ == "ZeroRedundancyOptimizer":
+            raise ValueError(
+                "process_group: expected 'local' in a ZeroRedundancyOptimizer, whose ranks step different parameters, "
+                f"got {process_group!r}"
+            )
 
 
 def check_sharding(name: str, weight: Tensor) -> None:

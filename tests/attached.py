@@ -8,13 +8,13 @@ from mla_ext import ProjectedSGD
 
 def network(classes: int = 3, features: int = 8) -> nn.Sequential:
     torch.manual_seed(0)
-    layers = [nn.Linear(5, features), nn.ReLU(), nn.Linear(features, classes)]
-    return nn.Sequential(*layers).to("cpu", torch.float32)
+    plain = {"device": "cpu", "dtype": torch.float32}  # whatever the defaults are
+    return nn.Sequential(nn.Linear(5, features, **plain), nn.ReLU(), nn.Linear(features, classes, **plain))
 
 
 def attached(classes: int = 3, features: int = 8, **options) -> tuple[nn.Sequential, ProjectedSGD]:
     model = network(classes, features)
-    optimizer = ProjectedSGD(model.parameters(), **({"lr": 0.1} | options))
+    optimizer = ProjectedSGD(model.parameters(), **({"lr": 0.02} | options))
     optimizer.attach(model[2])
     return model, optimizer
 
