@@ -66,7 +66,7 @@ class Recorder:
             features = features.detach().reshape(-1, features.shape[-1])
             if type(features) is not Tensor:  # P is a plain tensor, whatever the features
                 features = features.as_subclass(Tensor)
-            optimizer.observe(self.weight, features)
+            optimizer._record(self.weight, features)
 
 
 def _has_rows(features: Any, weight: Tensor) -> bool:
