@@ -14,7 +14,7 @@ from torch.optim.sgd import sgd
 from . import _library
 from .checks import describe
 
-__all__ = ["plain_step"]
+__all__ = ["check_plain_step", "plain_step"]
 
 _kernel = getattr(_library.module, "plain_sgd", None)
 
