@@ -6,6 +6,7 @@ P acts on the input side of a weight (C, s), so each rank can step the classes i
 from __future__ import annotations
 
 import sys
+from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch.distributed as dist
@@ -24,13 +25,14 @@ def check_ranks(process_group: Any) -> None:
     """
     if process_group == "local" or not (dist.is_available() and dist.is_initialized()):
         return
-    frame = sys._getframe()
-    while (frame := frame.f_back) is not None:
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
         if type(frame.f_locals.get("self")).__name__ == "ZeroRedundancyOptimizer":
             raise ValueError(
                 "process_group: expected 'local' in a ZeroRedundancyOptimizer, whose ranks step different parameters, "
                 f"got {process_group!r}"
             )
+        frame = frame.f_back
 
 
 def check_sharding(name: str, weight: Tensor) -> None:
