@@ -24,13 +24,14 @@ def check_ranks(process_group: Any) -> None:
     """
     if process_group == "local" or not (dist.is_available() and dist.is_initialized()):
         return
-    frame = sys._getframe()
-    while (frame := frame.f_back) is not None:
+    frame = sys._getframe().f_back
+    while frame is not None:
         if type(frame.f_locals.get("self")).__name__ == "ZeroRedundancyOptimizer":
             raise ValueError(
                 "process_group: expected 'local' in a ZeroRedundancyOptimizer, whose ranks step different parameters, "
                 f"got {process_group!r}"
             )
+        frame = frame.f_back
 
 
 def check_sharding(name: str, weight: Tensor) -> None:
