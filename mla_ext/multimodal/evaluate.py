@@ -62,8 +62,9 @@ def predict(model: MultimodalModel, data: MultimodalData, indices: Tensor, batch
     entropy, weights = entropy_fusion(unimodal, present)
     mean = unimodal.sum(dim=0) / present.sum(dim=0).clamp(min=1).unsqueeze(-1)
     fusions = {"mean": mean, "entropy": entropy}
-    if batches[0].joint is not None:
-        fusions["joint"] = torch.cat([b.joint for b in batches])
+    joint = [b.joint for b in batches if b.joint is not None]
+    if joint:
+        fusions["joint"] = torch.cat(joint)
     return Prediction(unimodal, present, fusions, weights)
 
 
