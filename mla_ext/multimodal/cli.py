@@ -24,6 +24,8 @@ from .evaluate import Report, evaluate
 from .fit import CHECKPOINT, fit
 from .recipe import METHODS, Settings, build
 
+__all__ = ["REPORT", "main", "table"]
+
 REPORT = "report.json"
 
 

@@ -20,6 +20,8 @@ from .evaluate import Report, evaluate
 from .fit import fit
 from .recipe import Settings, build
 
+__all__ = ["PICTURE", "demo", "time_head_step"]
+
 PICTURE = "mla_ext_demo.png"
 TITLES = {"concat": "Concatenation", "alternating": "Alternation alone", "mla": "MLA"}
 COLORS = {"concat": "#a8b3bd", "alternating": "#e0a458", "mla": "#2a6f97"}

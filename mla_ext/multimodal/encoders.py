@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+__all__ = ["ENCODERS", "WIDTHS", "BasicBlock", "build_encoder", "resnet18", "small"]
+
 
 def build_encoder(name: str, shape: Sequence[int], width: int) -> nn.Module:
     """An encoder of ENCODERS by its name, for inputs (N, *shape) -> features (N, width), non-negative.

@@ -15,6 +15,8 @@ from .data import SPLITS, MultimodalData
 from .metrics import Score, score
 from .model import MultimodalModel, mode_of
 
+__all__ = ["Prediction", "Report", "check_model_and_data", "check_positive", "evaluate", "modality_scores", "predict"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:

@@ -22,6 +22,8 @@ from .data import SPLITS, MultimodalData
 from .evaluate import Report, check_model_and_data, check_positive, evaluate
 from .model import ORDERS, MultimodalModel, Step, mode_of
 
+__all__ = ["CHECKPOINT", "METRICS", "NonFiniteLossError", "fit"]
+
 CHECKPOINT = "last.pt"
 METRICS = "metrics.jsonl"
 _ADVICE = "lower the learning rate, or scale the inputs (MultimodalData.standardized)"

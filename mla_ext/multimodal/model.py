@@ -17,6 +17,19 @@ from torch import Tensor, nn
 
 from .data import MultimodalData
 
+__all__ = [
+    "ORDERS",
+    "ConcatModel",
+    "JointModel",
+    "Logits",
+    "MultimodalModel",
+    "SharedHeadModel",
+    "Step",
+    "mode_of",
+    "scatter_rows",
+    "shuffled_batches",
+]
+
 ORDERS = ("given", "reversed", "random")
 
 

@@ -14,6 +14,8 @@ from .data import MultimodalData
 from .encoders import WIDTHS, build_encoder
 from .model import ConcatModel, MultimodalModel, SharedHeadModel
 
+__all__ = ["METHODS", "Settings", "build"]
+
 METHODS = {
     "mla": "alternating steps, the head's gradient projected",
     "alternating": "alternating steps, plain SGD",

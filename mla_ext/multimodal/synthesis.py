@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+__all__ = ["NAMES", "keypad_tones", "misspelled_names", "noisy_images", "stratified_split"]
+
 # Noise of each modality, set so that audio dominates and text is weakest.
 AUDIO_NOISE = 3.3  # standard deviation; each of a tone's two sines has amplitude about 1
 IMAGE_NOISE = 5.7  # standard deviation; pixels are 0..16
