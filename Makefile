@@ -48,9 +48,11 @@ evidence: $(VENV)/.installed
 docs: $(VENV)/.installed
 	$(RUN) -m mkdocs build --strict --quiet
 
-# Known vulnerabilities of what is installed. Fails where a package could not be looked up, as without a network.
+# Known vulnerabilities of what is installed. Fails where a package could not be looked up, as without a network. The tests
+# before it need no network: they show that the same command finds what a list of advisories holds.
 audit: $(VENV)/.installed
 	$(PIP) pip-audit
+	cd tests && $(abspath $(VENV))/bin/pytest -q test_audit.py
 	mkdir -p build
 	$(RUN) -m pip list --format=freeze --exclude mla_ext | sed 's/+.*//' >build/installed.txt
 	$(RUN) -m pip_audit --strict --disable-pip --no-deps --requirement build/installed.txt

@@ -151,7 +151,7 @@ def test_the_guide_lists_every_function_of_a_backend():
     assert len(functions) >= 6 and [name for name in functions if f"`{name}(" not in page] == []
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "mla_ext").glob("[!_]*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "mla_ext").rglob("[!_]*.py")), ids=lambda path: path.name)
 def test_public_modules_say_what_is_public(path):
     assert "\n__all__ = [" in path.read_text("utf-8")
 

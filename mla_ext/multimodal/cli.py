@@ -24,6 +24,8 @@ from .evaluate import Report, evaluate
 from .fit import CHECKPOINT, fit
 from .recipe import METHODS, Settings, build
 
+__all__ = ["REPORT", "main", "table"]
+
 REPORT = "report.json"
 
 
@@ -142,7 +144,7 @@ def _load(source: str, settings: Settings) -> tuple[MultimodalData, dict[str, An
     data = digits() if source == "digits" else load_npz(source)
     checksum = hashlib.sha256()
     for tensor in (data.labels, data.split, *data.features.values(), *data.rows.values()):
-        checksum.update(tensor.contiguous().numpy())
+        checksum.update(tensor.contiguous().numpy().data)
     shapes = {m: list(data.features[m].shape[1:]) for m in data.modalities}
     if settings.missing:
         data = data.with_missing(settings.missing, settings.seed)

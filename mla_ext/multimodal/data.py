@@ -14,6 +14,8 @@ from torch import Tensor
 
 from .synthesis import keypad_tones, misspelled_names, noisy_images, stratified_split
 
+__all__ = ["INTEGERS", "SPLITS", "MultimodalData", "digits", "load_npz"]
+
 SPLITS = ("train", "validation", "test")
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 

@@ -16,8 +16,11 @@ from ..info import build_info
 from ..ops import Hyperparameters, head_step_
 from . import checkpoint
 from .data import MultimodalData, digits
-from .fit import Report, evaluate, fit
+from .evaluate import Report, evaluate
+from .fit import fit
 from .recipe import Settings, build
+
+__all__ = ["PICTURE", "demo", "time_head_step"]
 
 PICTURE = "mla_ext_demo.png"
 TITLES = {"concat": "Concatenation", "alternating": "Alternation alone", "mla": "MLA"}

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+__all__ = ["ENCODERS", "WIDTHS", "BasicBlock", "build_encoder", "resnet18", "small"]
+
 
 def build_encoder(name: str, shape: Sequence[int], width: int) -> nn.Module:
     """An encoder of ENCODERS by its name, for inputs (N, *shape) -> features (N, width), non-negative.
@@ -25,9 +27,11 @@ def build_encoder(name: str, shape: Sequence[int], width: int) -> nn.Module:
     if len(shape) == 1:
         layers = [nn.Linear(shape[0], width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()]
     elif len(shape) == 2:
-        layers = [nn.Unflatten(1, (1, shape[0])), *ENCODERS[name](1, *shape, width)]
+        height, breadth = shape
+        layers = [nn.Unflatten(1, (1, height)), *ENCODERS[name](1, height, breadth, width)]
     else:
-        layers = ENCODERS[name](*shape, width)
+        channels, height, breadth = shape
+        layers = ENCODERS[name](channels, height, breadth, width)
     encoder = nn.Sequential(*layers)
     for layer in encoder.modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):

@@ -15,6 +15,8 @@ from .data import SPLITS, MultimodalData
 from .metrics import Score, score
 from .model import MultimodalModel, mode_of
 
+__all__ = ["Prediction", "Report", "check_model_and_data", "check_positive", "evaluate", "modality_scores", "predict"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
@@ -62,8 +64,9 @@ def predict(model: MultimodalModel, data: MultimodalData, indices: Tensor, batch
     entropy, weights = entropy_fusion(unimodal, present)
     mean = unimodal.sum(dim=0) / present.sum(dim=0).clamp(min=1).unsqueeze(-1)
     fusions = {"mean": mean, "entropy": entropy}
-    if batches[0].joint is not None:
-        fusions["joint"] = torch.cat([b.joint for b in batches])
+    joint = [b.joint for b in batches if b.joint is not None]
+    if joint:
+        fusions["joint"] = torch.cat(joint)
     return Prediction(unimodal, present, fusions, weights)
 
 

@@ -22,6 +22,8 @@ from .data import SPLITS, MultimodalData
 from .evaluate import Report, check_model_and_data, check_positive, evaluate
 from .model import ORDERS, MultimodalModel, Step, mode_of
 
+__all__ = ["CHECKPOINT", "METRICS", "NonFiniteLossError", "fit"]
+
 CHECKPOINT = "last.pt"
 METRICS = "metrics.jsonl"
 _ADVICE = "lower the learning rate, or scale the inputs (MultimodalData.standardized)"
@@ -129,7 +131,7 @@ def fit(
             bar.set_description(f"epoch {epoch}/{epochs}")
             with torch.random.fork_rng(devices=cuda):
                 torch.manual_seed(_epoch_seed(seed, epoch))
-                if reset_projection:
+                if reset_projection and isinstance(optimizer, ProjectedSGD):  # as checked above
                     optimizer.reset_projection()
                 with mode_of(model, training=True):
                     training_loss = _train_epoch(model, optimizer, data, epoch_steps(epoch), epoch, bar)
@@ -252,8 +254,8 @@ class _Run:
         _check_same("the best epoch's weights", _shapes(here["model"]), _shapes(content["best"]["model"]), path)
         if self.scheduler is not None:
             _check_same("the scheduler's state", set(here["scheduler"]), set(content["scheduler"]), path)
-        groups = [[group["params"] for group in c["optimizer"]["param_groups"]] for c in (here, content)]
-        _check_same("the optimizer's parameter groups", *groups, path)
+        ours, theirs = ([g["params"] for g in c["optimizer"]["param_groups"]] for c in (here, content))
+        _check_same("the optimizer's parameter groups", ours, theirs, path)
         self.optimizer.load_state_dict(content["optimizer"])
         self.model.load_state_dict(content["model"])
         if self.scheduler is not None:

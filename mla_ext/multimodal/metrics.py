@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+__all__ = ["Score", "macro_f1", "score"]
+
 
 @dataclass(frozen=True)
 class Score:

@@ -17,6 +17,19 @@ from torch import Tensor, nn
 
 from .data import MultimodalData
 
+__all__ = [
+    "ORDERS",
+    "ConcatModel",
+    "JointModel",
+    "Logits",
+    "MultimodalModel",
+    "SharedHeadModel",
+    "Step",
+    "mode_of",
+    "scatter_rows",
+    "shuffled_batches",
+]
+
 ORDERS = ("given", "reversed", "random")
 
 
@@ -98,7 +111,8 @@ class SharedHeadModel(MultimodalModel):
         """The modality's logits f_m(x): (N, ...) -> (N, C)."""
         if modality not in self.modalities:
             raise ValueError(f"modality: expected one of {self.modalities}, got {modality!r}")
-        return self.head(self.encoders[modality](x))
+        logits: Tensor = self.head(self.encoders[modality](x))
+        return logits
 
     def steps(self, data: MultimodalData, batch_size: int, order: str, generator: torch.Generator) -> list[Step]:
         """Step t works on modality t mod M; where one runs out of batches the others go on (eq. 2).
@@ -157,9 +171,11 @@ class JointModel(MultimodalModel):
         """The encoder's features (n, s). Of no samples, n = 0, it sees one recording instead, as it may refuse none."""
         encoder = self.encoders[modality]
         if len(indices) > 0:
-            return encoder(self.inputs(data, modality, indices))
+            features: Tensor = encoder(self.inputs(data, modality, indices))
+            return features
         with mode_of(encoder, training=False):  # neither draws random numbers nor moves a running mean
-            return encoder(data.features[modality][:1].to(next(self.parameters())))[:0]
+            features = encoder(data.features[modality][:1].to(next(self.parameters())))
+        return features[:0]
 
     def steps(self, data: MultimodalData, batch_size: int, order: str, generator: torch.Generator) -> list[Step]:
         """Every step uses all modalities; `order` says nothing here."""
@@ -192,7 +208,8 @@ class ConcatModel(JointModel):
         self.head = head
 
     def joint(self, parts: list[Tensor], present: Tensor) -> Tensor:
-        return self.head(torch.cat(parts, dim=1))
+        logits: Tensor = self.head(torch.cat(parts, dim=1))
+        return logits
 
     def unimodal(self, parts: list[Tensor], present: Tensor) -> Tensor:
         weights = self.head.weight.split([part.shape[1] for part in parts], dim=1)
@@ -218,7 +235,9 @@ def mode_of(module: nn.Module, training: bool) -> Iterator[None]:
 
 def shuffled_batches(indices: Tensor, batch_size: int, generator: torch.Generator) -> Sequence[Tensor]:
     """The indices in random order, in batches; the last may be smaller."""
-    return indices[torch.randperm(len(indices), generator=generator, device=generator.device)].split(batch_size)
+    shuffled = indices[torch.randperm(len(indices), generator=generator, device=generator.device)]
+    batches: Sequence[Tensor] = shuffled.split(batch_size)
+    return batches
 
 
 def scatter_rows(rows: Tensor, present: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+__all__ = ["broadcast", "is_main", "is_parallel", "share", "sum_gradients", "sum_over_ranks", "wait_for_all"]
+
 
 def is_parallel() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

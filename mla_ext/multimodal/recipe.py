@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +13,8 @@ from ..optimizer import ProjectedSGD
 from .data import MultimodalData
 from .encoders import WIDTHS, build_encoder
 from .model import ConcatModel, MultimodalModel, SharedHeadModel
+
+__all__ = ["METHODS", "Settings", "build"]
 
 METHODS = {
     "mla": "alternating steps, the head's gradient projected",
@@ -57,7 +60,7 @@ def build(data: MultimodalData, settings: Settings) -> tuple[MultimodalModel, Op
         head = nn.Linear(settings.width * (len(encoders) if joint else 1), len(data.classes))
     model = ConcatModel(encoders, head) if joint else SharedHeadModel(encoders, head)
 
-    plain = {"lr": settings.lr, "momentum": settings.momentum, "weight_decay": settings.weight_decay}
+    plain: dict[str, Any] = {"lr": settings.lr, "momentum": settings.momentum, "weight_decay": settings.weight_decay}
     if settings.method != "mla":
         return model, SGD(model.parameters(), **plain)
     optimizer = ProjectedSGD(model.parameters(), **plain, alpha=settings.alpha)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
+
+__all__ = ["NAMES", "keypad_tones", "misspelled_names", "noisy_images", "stratified_split"]
 
 # Noise of each modality, set so that audio dominates and text is weakest.
 AUDIO_NOISE = 3.3  # standard deviation; each of a tone's two sines has amplitude about 1
@@ -40,7 +43,8 @@ def keypad_tones(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     signal += AUDIO_NOISE * rng.standard_normal(signal.shape)
     windows = np.lib.stride_tricks.sliding_window_view(signal, WINDOW, axis=1)[:, ::HOP]
     power = np.abs(np.fft.rfft(windows * np.hanning(WINDOW))[..., BANDS]) ** 2
-    return np.log(power + 1e-6).swapaxes(1, 2).astype(np.float32, order="C")
+    spectrograms: np.ndarray = np.log(power + 1e-6).swapaxes(1, 2).astype(np.float32, order="C")
+    return spectrograms
 
 
 def noisy_images(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -64,8 +68,8 @@ def misspelled_names(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray
             name = _misspell(name, kind, place, letter)
         codes = [symbols.index(symbol) for symbol in f" {name} "]
         np.add.at(counts[i], codes[1:-1], 1)
-        pairs = np.array(codes[:-1]) * len(symbols) + codes[1:]
-        np.add.at(counts[i], len(ALPHABET) + pairs, 1)
+        pairs = [len(ALPHABET) + len(symbols) * a + b for a, b in itertools.pairwise(codes)]
+        np.add.at(counts[i], pairs, 1)
     return counts
 
 

@@ -10,6 +10,8 @@ from torch import Tensor
 from ..reference import accumulate_dtype
 from .launch import on
 
+__all__ = ["entropy_fusion"]
+
 # Logits that a program of 128 threads holds at a time: four a thread. With more, registers spill.
 TILE = 512
 

@@ -10,6 +10,8 @@ from torch import Tensor
 from ..reference import accumulate_dtype
 from .launch import on
 
+__all__ = ["feature_mean"]
+
 # A program owns few columns, so that a head of 512 features still makes 16 of them; 32 neighbours fill whole sectors.
 BLOCK_N, BLOCK_S = 64, 32
 

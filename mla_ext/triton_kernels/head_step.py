@@ -19,6 +19,8 @@ from torch import Tensor
 from ..reference import Hyperparameters
 from .launch import number_or_pointer, on, read
 
+__all__ = ["head_step_", "rls_update_"]
+
 # Of P that a program holds at a time: 8 or 16 a thread, which leaves room for the other operands.
 TILE = 2048
 # With 4 warps a float64 product spills registers.

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+__all__ = ["number_or_pointer", "on", "read"]
+
 
 @triton.jit
 def read(value, pointer, dtype: tl.constexpr):
