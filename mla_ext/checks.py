@@ -24,6 +24,7 @@ __all__ = [
     "check_projection",
     "check_rank",
     "check_rls_update",
+    "check_scaling",
     "check_tensor",
     "check_writable",
     "describe",
@@ -178,7 +179,11 @@ def check_head_step(step: HeadStep) -> None:
         raise ValueError(f"momentum_buffer: expected {wanted}, got None")
     if step.projection.beta is not None and step.hyper.normalize:
         raise ValueError("normalize: expected False in the rank form, whose norm is not at hand; use rank=None")
-    for name, value in (("grad_scale", step.grad_scale), ("found_inf", step.found_inf)):
+    check_scaling(step.grad_scale, step.found_inf, device)
+
+
+def check_scaling(grad_scale: Tensor | None, found_inf: Tensor | None, device: torch.device) -> None:
+    for name, value in (("grad_scale", grad_scale), ("found_inf", found_inf)):
         if value is not None:
             is_vector = isinstance(value, Tensor) and value.shape == (1,)  # torch's fused kernels take both
             check_tensor(name, value, (1,) if is_vector else (), (torch.float32,), device)

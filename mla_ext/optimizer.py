@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
@@ -15,11 +16,12 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from . import backends, checks, head_state, loading, ops
+from .gather import Gathered, gather_head_step
 from .observation import Observation, average_over_ranks, observe
 from .plain import check_plain_step, plain_step
 from .recording import Link, Recorder
 from .reference import Hyperparameters, accumulate_dtype
-from .sharding import check_ranks, check_sharding, local_shards
+from .sharding import check_ranks, check_sharding
 from .step import HeadStep
 
 __all__ = ["ProjectedSGD"]
@@ -95,7 +97,8 @@ class ProjectedSGD(Optimizer):
         self.process_group = process_group
         self._attached: dict[Tensor, weakref.ref[Recorder] | None] = {}  # with the hook that should feed it, if any
         self._observed: dict[Tensor, Observation] = {}
-        self._checked_groups: dict[int, Hyperparameters] = {}
+        self._checked_groups: dict[int, tuple[list[Any], Hyperparameters]] = {}
+        self._gathered: dict[Tensor, Gathered] = {}
         self._link = Link()
         self._link.bind(self)
         super().__init__(params, {name: getattr(hyper, name) for name in _HYPERPARAMETERS} | options)
@@ -134,11 +137,7 @@ class ProjectedSGD(Optimizer):
         checks.check_tensor("features", features, ("N", weight.shape[1]), device=weight.device)
         checks.check_nonempty("features", features)
         self._attach(weight, "weight")
-        new = observe(features, accumulate_dtype(weight.dtype), self.backend)
-        if weight in self._observed:
-            self._observed[weight].add(new)
-        else:
-            self._observed[weight] = new
+        self._record(weight, features)
 
     def projection(self, weight: Tensor) -> Tensor:
         """The projection P (s, s) of an attached weight, dense: a copy, in float32 (float64 for float64)."""
@@ -248,7 +247,7 @@ class ProjectedSGD(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         own: dict[str, Any] = {"backend": self.backend, "process_group": self.process_group}
         own |= {"_attached": dict.fromkeys(self._attached), "_link": self._link}
-        own |= {"_observed": {}, "_checked_groups": {}}
+        own |= {"_observed": {}, "_checked_groups": {}, "_gathered": {}}
         return super().__getstate__() | own
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -269,6 +268,12 @@ class ProjectedSGD(Optimizer):
         self._attached[weight] = None
         if self._has_loaded:
             self._warn_of_identity(weight, stacklevel=4)
+
+    def _record(self, weight: Tensor, features: Tensor) -> None:
+        new = observe(features, accumulate_dtype(weight.dtype), self.backend)
+        observation = self._observed.setdefault(weight, new)
+        if observation is not new:
+            observation.add(new)
 
     def _warn_of_identity(self, weight: Tensor, stacklevel: int) -> None:
         if not head_state.has_projection(self.state.get(weight, {})):
@@ -292,18 +297,16 @@ class ProjectedSGD(Optimizer):
                 stacklevel=5,
             )
 
-    def _is_projected(self, param: Tensor) -> bool:
-        return param in self._attached or head_state.has_projection(self.state.get(param, {}))
-
     def _checked(self, index: int, group: dict[str, Any]) -> Hyperparameters:
         """The group's hyperparameters, checked anew when one of them is another object than at the last step."""
         known = None if torch.compiler.is_compiling() else self._checked_groups.get(index)
-        if known is not None and all(getattr(known, name) is group[name] for name in _HYPERPARAMETERS):
-            return known
-        hyper = _hyperparameters(group)
+        values = [group[name] for name in _HYPERPARAMETERS]
+        if known is not None and all(map(operator.is_, values, known[0])):
+            return known[1]
+        hyper = Hyperparameters(*values)
         if not torch.compiler.is_compiling():  # where a check would compile the numbers in
             checks.check_hyperparameters(hyper)
-            self._checked_groups[index] = hyper
+            self._checked_groups[index] = values, hyper
         return hyper
 
     def _gather(
@@ -314,34 +317,32 @@ class ProjectedSGD(Optimizer):
         plain: list[tuple[dict[str, Any], list[Tensor]]] = []
         for index, group in enumerate(self.param_groups):
             hyper = self._checked(index, group)
-            params = [param for param in group["params"] if param.grad is not None]
-            heads += [(group, hyper, param) for param in params if self._is_projected(param)]
-            plain.append((group, [param for param in params if not self._is_projected(param)]))
-            check_plain_step(self.state, *plain[-1])
+            params: list[Tensor] = []
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                if param in self._attached or head_state.has_projection(self.state.get(param, {})):
+                    heads.append((group, hyper, param))
+                else:
+                    params.append(param)
+            check_plain_step(self.state, group, params)
+            plain.append((group, params))
 
         observations = [self._observed.get(weight) for *_, weight in heads]
         means = [None if observation is None else observation.mean for observation in observations]
         ranks = self.process_group
         if heads and not isinstance(ranks, str) and dist.is_available() and dist.is_initialized():
             means = [*average_over_ranks(observations, [weight for *_, weight in heads], ranks)]
-        elif not torch.compiler.is_compiling():
+
+        scaling = grad_scale, found_inf
+        steps = [
+            gather_head_step(self._gathered, weight, self.state[weight], group, hyper, mean, scaling, self.backend)
+            for (group, hyper, weight), mean in zip(heads, means, strict=True)
+        ]
+        if not torch.compiler.is_compiling():
             for (*_, weight), mean in zip(heads, means, strict=True):
                 if mean is None:
                     self._warn_of_starvation(weight)
-
-        steps = []
-        for (group, hyper, weight), mean in zip(heads, means, strict=True):
-            state, backend = self.state[weight], backends.choose(self.backend, weight.device)
-            P = head_state.prepare(state, weight, group, hyper, backend)
-            momentum_buffer = state["momentum_buffer"] if checks.has_momentum(hyper.momentum) else None
-            assert weight.grad is not None  # it was gathered for it
-            W, G, M = local_shards(weight, weight.grad, momentum_buffer)
-            # A step without momentum is none that the buffer has seen.
-            step = torch.zeros_like(state["step"]) if momentum_buffer is None else state["step"]
-            mean = None if mean is None else mean.to(weight.device, accumulate_dtype(weight.dtype))
-            head_step = HeadStep(W, G, M, P, mean, step, hyper, grad_scale, found_inf)
-            checks.check_head_step(head_step)
-            steps.append((head_step, backend))
         return steps, plain
 
 

@@ -51,7 +51,7 @@ class Recorder:
         if torch.compiler.is_exporting():  # the graph is for other programs, without this optimizer
             return
         self.starved = 0
-        features = args[0] if args else kwargs.get("input")
+        features: Any = args[0] if args else kwargs.get("input")
         if not _has_rows(features, self.weight):
             if not self.has_skipped:
                 self.has_skipped = True
@@ -66,7 +66,7 @@ class Recorder:
             features = features.detach().reshape(-1, features.shape[-1])
             if type(features) is not Tensor:  # P is a plain tensor, whatever the features
                 features = features.as_subclass(Tensor)
-            optimizer.observe(self.weight, features)
+            optimizer._record(self.weight, features)
 
 
 def _has_rows(features: Any, weight: Tensor) -> TypeGuard[Tensor]:
