@@ -89,5 +89,6 @@ class Projection:
 
     def copy_to(self, dtype: torch.dtype, device: torch.device) -> Projection:
         """The same P in tensors of its own; the count stays an integer."""
-        floats = [None if t is None else t.to(device, dtype, copy=True) for t in (self.base, self.beta, self.rows)]
-        return Projection(*floats, None if self.count is None else self.count.to(device, copy=True))
+        parts = (self.base, self.beta, self.rows)
+        base, beta, rows = (None if t is None else t.to(device, dtype, copy=True) for t in parts)
+        return Projection(base, beta, rows, None if self.count is None else self.count.to(device, copy=True))
