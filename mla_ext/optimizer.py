@@ -147,7 +147,8 @@ class ProjectedSGD(Optimizer):
                 return torch.eye(weight.shape[1], dtype=accumulate_dtype(weight.dtype), device=weight.device)
             what = checks.describe(weight)
             raise ValueError(f"weight: expected a weight that was attached or observed, got {what} that was not")
-        P = P.clone()  # looking changes no later bits
+        # A copy, as looking changes no later bits; beside the weight, which may have been converted or moved.
+        P = P.copy_to(accumulate_dtype(weight.dtype), weight.device)
         backends.choose(self.backend, weight.device).settle_(P)
         return P.dense()
 

@@ -73,10 +73,10 @@ def plain_step(
 
 def check_plain_step(state: Mapping[Tensor, dict[str, Any]], group: dict[str, Any], params: list[Tensor]) -> None:
     """Raises what would make a step of `params` fail halfway: TypeError for a gradient, ValueError for a buffer."""
-    for param in params:
-        grad = param.grad
-        if grad is not None and grad.is_sparse and (group["fused"] or group["weight_decay"] != 0):
-            raise TypeError(f"grad: expected a dense tensor with weight_decay or fused=True, got {describe(grad)}")
+    for param in params if group["fused"] or group["weight_decay"] != 0 else ():
+        if param.grad is not None and param.grad.is_sparse:
+            what = describe(param.grad)
+            raise TypeError(f"grad: expected a dense tensor with weight_decay or fused=True, got {what}")
     for param in params if _has_momentum(group) else ():
         buffer = state[param].get("momentum_buffer")
         if buffer is not None and (buffer.shape != param.shape or buffer.device != param.device):

@@ -87,5 +87,8 @@ class Projection:
         rows[: len(K)] = K
         return Projection(None, beta.to(like), rows, torch.tensor(len(K), device=rows.device))
 
-    def clone(self) -> Projection:
-        return Projection(*(None if t is None else t.clone() for t in (self.base, self.beta, self.rows, self.count)))
+    def copy_to(self, dtype: torch.dtype, device: torch.device) -> Projection:
+        """The same P in tensors of its own; the count stays an integer."""
+        parts = (self.base, self.beta, self.rows)
+        base, beta, rows = (None if t is None else t.to(device, dtype, copy=True) for t in parts)
+        return Projection(base, beta, rows, None if self.count is None else self.count.to(device, copy=True))
