@@ -332,16 +332,16 @@ class ProjectedSGD(Optimizer):
         ranks = self.process_group
         if heads and not isinstance(ranks, str) and dist.is_available() and dist.is_initialized():
             means = [*average_over_ranks(observations, [weight for *_, weight in heads], ranks)]
-        elif not torch.compiler.is_compiling():
-            for (*_, weight), mean in zip(heads, means, strict=True):
-                if mean is None:
-                    self._warn_of_starvation(weight)
 
         scaling = grad_scale, found_inf
         steps = [
             gather_head_step(self._gathered, weight, self.state[weight], group, hyper, mean, scaling, self.backend)
             for (group, hyper, weight), mean in zip(heads, means, strict=True)
         ]
+        if not torch.compiler.is_compiling():
+            for (*_, weight), mean in zip(heads, means, strict=True):
+                if mean is None:
+                    self._warn_of_starvation(weight)
         return steps, plain
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +69,7 @@ class Recorder:
             optimizer._record(self.weight, features)
 
 
-def _has_rows(features: Any, weight: Tensor) -> bool:
+def _has_rows(features: Any, weight: Tensor) -> TypeGuard[Tensor]:
     """Whether features (..., s) hold numbers to take the mean of, for a weight (C, s)."""
     if not isinstance(features, Tensor) or features.is_nested or features.layout != torch.strided:
         return False

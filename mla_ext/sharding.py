@@ -6,7 +6,6 @@ P acts on the input side of a weight (C, s), so each rank can step the classes i
 from __future__ import annotations
 
 import sys
-from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch.distributed as dist
@@ -25,7 +24,7 @@ def check_ranks(process_group: Any) -> None:
     """
     if process_group == "local" or not (dist.is_available() and dist.is_initialized()):
         return
-    frame: FrameType | None = sys._getframe()
+    frame = sys._getframe().f_back
     while frame is not None:
         if type(frame.f_locals.get("self")).__name__ == "ZeroRedundancyOptimizer":
             raise ValueError(

@@ -8,11 +8,14 @@ Only public methods are used, so how the optimizer keeps P is its own affair.
 
 from __future__ import annotations
 
+import collections
 import copy
+import gc
 import io
 import os
 import pickle
 import warnings
+import weakref
 from dataclasses import dataclass, field
 
 import pytest
@@ -29,6 +32,11 @@ from hypothesis.stateful import (
 )
 from parity import assert_as_accurate
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 from mla_ext import ProjectedSGD, reference
 from mla_ext.reference import Hyperparameters, accumulate_dtype
@@ -106,7 +114,7 @@ class Machine(RuleBasedStateMachine):
     )
     def start(self, dtype, options, nesterov):
         torch.manual_seed(0)
-        self.dtype, self.batches, self.saved = dtype, 0, None
+        self.dtype, self.batches, self.saved, self.kept = dtype, 0, None, None
         layers = HEADS | {"plain": (4, 3)}
         self.modules = nn.ModuleDict({name: nn.Linear(*shape) for name, shape in layers.items()})
         self.modules.to(dtype)
@@ -114,7 +122,8 @@ class Machine(RuleBasedStateMachine):
             options |= {"momentum": 0.9, "dampening": 0.0, "nesterov": True}
         self.options = {"lr": 0.1} | options
         self.optimizer = self.make_optimizer()
-        self.attached: set[str] = set()
+        self.attached: set[str] = set()  # by a hook
+        self.projected: set[str] = set()  # attached or observed since the optimizer was made
         self.parameters = {
             name: Parameter(Shadow(p.detach().double()), Shadow(p.detach().clone()))
             for name, p in self.modules.named_parameters()
@@ -149,7 +158,14 @@ class Machine(RuleBasedStateMachine):
             self.attached.add(name)
             self.project(name)
 
+    @rule(name=NAMES)
+    def remove_hook(self, name):
+        for hook in list(self.modules[name]._forward_hooks):
+            del self.modules[name]._forward_hooks[hook]  # as handle.remove() does
+        self.attached.discard(name)
+
     def project(self, name):
+        self.projected.add(name)
         for shadow in self.parameters[f"{name}.weight"].both():
             shadow.project()
 
@@ -280,6 +296,98 @@ class Machine(RuleBasedStateMachine):
         self.optimizer.add_param_group({"params": self.modules["third"].parameters(), "alpha": alpha})
         self.grouped = 2
 
+    # --- what others do to the state
+
+    @rule(how=st.sampled_from(["cleared", "replaced", "taken out"]))
+    def empty_the_state(self, how):
+        if how == "cleared":
+            self.optimizer.state.clear()
+        elif how == "replaced":
+            self.optimizer.state = collections.defaultdict(dict)
+        else:
+            for p in self.modules.parameters():
+                self.optimizer.state.pop(p, None)
+        self.forget_state(self.projected)
+
+    def forget_state(self, projected):
+        for name, parameter in self.parameters.items():
+            for shadow in parameter.both():
+                shadow.P = shadow.buffer = None
+                if name.removesuffix(".weight") in projected:
+                    shadow.project()
+
+    @rule()
+    def keep_the_state(self):
+        self.kept = (
+            {p: copy.deepcopy(state) for p, state in self.optimizer.state.items()},
+            {name: [(shadow.P, shadow.buffer) for shadow in p.both()] for name, p in self.parameters.items()},
+        )
+
+    @precondition(lambda self: self.kept is not None)
+    @rule()
+    def put_the_state_back(self):
+        """A new dict with what an older one held; the weights stay as they are."""
+        state, shadows = copy.deepcopy(list(self.kept[0].values())), copy.deepcopy(self.kept[1])
+        self.optimizer.state = collections.defaultdict(dict, zip(self.kept[0], state, strict=True))
+        for name, p in self.parameters.items():
+            for shadow, (P, buffer) in zip(p.both(), shadows[name], strict=True):
+                shadow.P, shadow.buffer = P, buffer
+                if name.removesuffix(".weight") in self.projected:
+                    shadow.project()
+
+    # --- what others do to the model
+
+    @rule(dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
+    def convert(self, dtype):
+        before = self.bits()
+        self.modules.to(dtype)
+        for name, p in self.modules.named_parameters():  # torch.optim.SGD's buffers do not follow their parameters
+            state = self.optimizer.state.get(p, {})
+            if self.parameters[name].plain.P is None and state.get("momentum_buffer") is not None:
+                state["momentum_buffer"] = state["momentum_buffer"].to(dtype)
+        for old, new in zip(before, self.bits(), strict=True):
+            assert torch.equal(old.to(new.dtype), new)
+        self.dtype, self.saved, self.kept = dtype, None, None
+        # The shadows go on from what is there: the error that the old dtype made is not the new one's.
+        for name, p in self.modules.named_parameters():
+            parameter = self.parameters[name]
+            parameter.fed = [rows.to(dtype) for rows in parameter.fed]
+            buffer = self.optimizer.state.get(p, {}).get("momentum_buffer")
+            P = None if parameter.plain.P is None else self.optimizer.projection(p)
+            wide = p.dtype if P is None else accumulate_dtype(p.dtype)
+            parameter.plain = Shadow(
+                p.detach().clone(), None if P is None else P.to(wide), None if buffer is None else buffer.to(wide)
+            )
+            parameter.exact = Shadow(
+                p.detach().double(), None if P is None else P.double(), None if buffer is None else buffer.double()
+            )
+
+    @rule(strided=st.booleans())
+    def move(self, strided):
+        """The parameters stay, and their numbers lie elsewhere, in another order of memory if strided."""
+        for p in self.modules.parameters():
+            p.data = p.data.t().contiguous().t() if strided and p.dim() == 2 else p.data.clone()
+
+    @rule(attach=st.booleans())
+    def make_the_optimizer_again(self, attach):
+        """As a second call of a trainer does; the hooks of the first one are still there."""
+        gone = weakref.ref(self.optimizer)
+        self.optimizer = self.make_optimizer()
+        gc.collect()
+        assert gone() is None
+        self.start_anew(self.attached if attach else set())
+        self.forget_state(self.projected)
+
+    def start_anew(self, attached):
+        """After self.optimizer was made."""
+        if self.grouped > 1:
+            self.optimizer.add_param_group({"params": self.modules["third"].parameters()})
+        self.attached, self.projected = set(attached), set(attached)
+        for name in attached:
+            self.optimizer.attach(self.modules[name])
+        self.forget_features()
+        self.kept = None
+
     # --- copies
 
     @rule(how=st.sampled_from(["deepcopy", "pickle"]))
@@ -290,36 +398,54 @@ class Machine(RuleBasedStateMachine):
         for name, p in self.modules.named_parameters():
             p.grad = grads[name]
         self.forget_features()  # a copy has not been fed
+        self.kept = None
 
-    @rule()
-    def save(self):
+    @rule(by=st.sampled_from(["torch", "dcp"]))
+    def save(self, by):
+        state = self.state_of_dcp() if by == "dcp" else self.optimizer.state_dict()
         file = io.BytesIO()
-        torch.save([self.modules.state_dict(), self.optimizer.state_dict()], file)
-        self.saved = file.getvalue(), copy.deepcopy(self.parameters), self.grouped
+        torch.save([self.modules.state_dict(), state], file)
+        self.saved = by, file.getvalue(), copy.deepcopy(self.parameters), self.grouped
 
-    @precondition(lambda self: self.saved is not None and self.saved[2] == self.grouped)
+    def state_of_dcp(self):
+        self.before_dcp()
+        return get_optimizer_state_dict(self.modules, self.optimizer)
+
+    def before_dcp(self):
+        """torch makes a state that it finds empty, by a step with zero gradients and lr 0."""
+        if not self.optimizer.state and all(p.grad is None for g in self.optimizer.param_groups for p in g["params"]):
+            kept = [group["lr"] for group in self.optimizer.param_groups]
+            ours = {p for group in self.optimizer.param_groups for p in group["params"]}
+            for group in self.optimizer.param_groups:
+                group["lr"] = 0.0
+            named = self.modules.named_parameters()
+            self.step_shadows({name: torch.zeros_like(p) if p in ours else None for name, p in named})
+            for group, lr in zip(self.optimizer.param_groups, kept, strict=True):
+                group["lr"] = lr
+
+    @precondition(lambda self: self.saved is not None and self.saved[3] == self.grouped)
     @rule(anew=st.booleans())
     def load(self, anew):
         """Into the optimizer as it is, or into a new one, with the same heads attached."""
-        file, parameters, _ = self.saved
+        by, file, parameters, _ = self.saved
         modules, state = torch.load(io.BytesIO(file), weights_only=True)
         if anew:
             fresh = nn.ModuleDict({name: nn.Linear(m.in_features, m.out_features) for name, m in self.modules.items()})
             self.modules = fresh.to(self.dtype)
             self.optimizer = self.make_optimizer()
-            if self.grouped > 1:
-                self.optimizer.add_param_group({"params": self.modules["third"].parameters()})
-            for name in self.attached:
-                self.optimizer.attach(self.modules[name])
+            self.start_anew(self.attached)
         projected = {name for name, p in self.parameters.items() if p.plain.P is not None}
         if anew:
-            projected &= {f"{name}.weight" for name in self.attached}
+            projected &= {f"{name}.weight" for name in self.projected}
         missing = {name for name in projected if parameters[name].plain.P is None}
         with warnings.catch_warnings():
-            if missing:
-                warnings.filterwarnings("ignore", message="the loaded state has no projection")
+            warnings.filterwarnings("ignore", message="the loaded state has no projection")
             self.modules.load_state_dict(modules)
-            self.optimizer.load_state_dict(state)
+            if by == "dcp":
+                options = StateDictOptions(strict=False)  # a parameter that has not stepped has no state
+                set_optimizer_state_dict(self.modules, self.optimizer, state, options=options)
+            else:
+                self.optimizer.load_state_dict(state)
         self.parameters = copy.deepcopy(parameters)
         for name in missing:
             for shadow in self.parameters[name].both():
@@ -351,6 +477,7 @@ class Machine(RuleBasedStateMachine):
                 assert_as_accurate(P, plain.P, exact.P, tiny)
 
 
+@pytest.mark.filterwarnings("ignore:an attached weight has gradients and no features", "ignore:the loaded state has no")
 def test_any_order_of_calls():
     common = {"deadline": None, "stateful_step_count": 40, "suppress_health_check": list(HealthCheck)}
     run_state_machine_as_test(
