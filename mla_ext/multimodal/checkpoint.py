@@ -16,7 +16,7 @@ from torch import Tensor
 
 __all__ = ["FORMAT", "load", "plain", "save", "write_atomic", "write_text"]
 
-FORMAT = 2  # of a checkpoint, its "format"; those of version 0.1 have no number and are format 1
+FORMAT = 2  # of what `fit` writes, its "format"; files without a number are format 1
 
 _KEYS = {"settings", "epoch", "model", "optimizer", "scheduler", "history", "best"}  # of a checkpoint
 _FOLDER = 0x10  # the bit in a zip entry's attributes; torch.load leaves the memory of a tensor with it uninitialised
