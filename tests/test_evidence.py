@@ -345,6 +345,9 @@ def test_percent_and_difference():
     assert report.percent([0.5, 0.6]) == "55.0 ± 7.1"
     assert report.percent([0.5, None, 0.6]) == "55.0 ± 7.1 (1 of 3 diverged)"
     assert report.percent([None, None]) == "diverged in 2 of 2"
+    assert report.percent([math.nan, math.nan]) == "no sample in 2 of 2"
+    assert report.percent([None, math.nan, 0.5]) == "diverged in 1 of 3, no sample in 1 of 3"
+    assert report.percent([0.5, 0.6, None, math.nan]) == "55.0 ± 7.1 (1 of 4 diverged, 1 of 4 no sample)"
     from scipy.stats import ttest_rel
 
     a, b = [0.61, 0.64, 0.69, 0.62], [0.60, 0.61, 0.62, 0.63]

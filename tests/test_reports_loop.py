@@ -13,7 +13,7 @@ from test_training import SHAPES, make, make_data, metrics, run, same
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, StepLR
 
-from benchmarks.evidence import measures, runs
+from benchmarks.evidence import experiments, measures, report, runs
 from mla_ext.multimodal import checkpoint
 from mla_ext.multimodal.cli import main
 from mla_ext.multimodal.data import digits, load_npz
@@ -230,6 +230,16 @@ def test_evidence_of_a_modality_that_no_test_sample_has(tmp_path, monkeypatch):
         result = runs.execute(runs.Run(str(path), "mla", 0.01, 0.0, 0.1, 0, epochs=1))
         assert (result["modalities"]["image"] is None) == (split == 2)
         assert (result["validation_modalities"]["image"] is None) == (split == 1)
+
+
+def test_evidence_tells_no_sample_from_divergence(tmp_path):
+    """Kind of 15: a modality that no test sample has was reported as "diverged"."""
+    wanted = [runs.Run("none", "mla", 0.1, 0.0, 0.1, seed) for seed in range(3)]
+    results = runs.Results(tmp_path / "runs.jsonl")
+    empty = {"modalities": {"a": None}}
+    results.found = {run.key: result for run, result in zip(wanted, (empty, {"diverged": "loss"}, empty), strict=True)}
+    evidence = experiments.Evidence([], results, tmp_path, seeds=3, epochs=1, workers=1)
+    assert report.percent(evidence.values(wanted, "modalities", "a")) == "diverged in 1 of 3, no sample in 2 of 3"
 
 
 def test_evidence_without_test_samples(tmp_path, monkeypatch):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from PIL import Image
-from test_prepare import picture, write
+from test_prepare import picture, prepare, tone, write
 
 from benchmarks.prepare import food101, iemocap, images, kinetics_sounds, mvsa, samples
 from benchmarks.prepare.samples import Clip
@@ -68,6 +68,31 @@ def test_hidden_frames_are_no_pictures(tmp_path):
     picture(tmp_path / "clip" / "0.jpg")
     write(tmp_path / "clip" / "._0.jpg", "no picture")
     assert images.read(Clip((tmp_path / "clip",)), count=2, size=4).shape == (6, 4, 4)
+
+
+def test_clips_without_a_label_are_named(tmp_path, capsys):
+    """Kind of 18: a clip that is not in the annotations was passed over silently."""
+    header = "label,youtube_id,time_start,time_end,split"
+    for part in ("train", "val", "test"):
+        for name in (f"{part}a_000000_000010", f"{part}b_000000_000010", f"{part}c_000000_000010"):
+            tone(tmp_path / "copy" / part / f"{name}.wav")
+        rows = [f"bowling,{part}a,0,10,{part}", f"archery,{part}b,0,10,{part}"]
+        write(tmp_path / "copy" / "annotations" / f"{part}.csv", header, *rows)
+    prepare("kinetics-sounds", tmp_path / "copy", "--modalities", "audio")
+    root = tmp_path / "copy"
+    assert capsys.readouterr().err.splitlines() == [
+        f"left out: {root / part / part}c_000000_000010 is not in {root / 'annotations' / part}.csv"
+        for part in ("train", "val", "test")
+    ]
+
+
+def test_clips_outside_the_folders_of_classes_are_named(tmp_path):
+    """Kind of 18: a clip beside the folders of the classes was passed over silently."""
+    kinetics(tmp_path, "a.mp4")
+    (tmp_path / "val" / "b.mp4").touch()
+    (tmp_path / "val" / "notes.txt").touch()
+    (tmp_path / "val" / "archery").mkdir()
+    assert kinetics_sounds.read(tmp_path).left_out == (f"{tmp_path / 'val' / 'b.mp4'} is in no folder of a class",)
 
 
 def test_suffix_in_capitals(tmp_path):

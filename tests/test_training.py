@@ -379,6 +379,46 @@ def test_a_checkpoint_without_its_optimizer_is_none(tmp_path):
         run(*make(), make_data(), 2, out=tmp_path, resume=True)
 
 
+def with_format(path, number):
+    """The checkpoint with another format number; without one for None."""
+    content = {**checkpoint.load(path), "format": number}
+    if number is None:
+        del content["format"]
+    checkpoint.save(path, content)
+
+
+@pytest.mark.parametrize("number", [None, 1])
+def test_a_checkpoint_of_format_1_goes_on(tmp_path, number):
+    run(*make(), make_data(), 1, out=tmp_path)
+    assert checkpoint.load(tmp_path / "last.pt")["format"] == 2
+    with_format(tmp_path / "last.pt", number)
+    run(*make(), make_data(), 2, out=tmp_path, resume=True)
+    content = checkpoint.load(tmp_path / "last.pt")
+    assert (content["format"], content["epoch"]) == (2, 2)
+
+
+@pytest.mark.parametrize("number", [3, 0, "2b"])
+def test_a_checkpoint_of_another_format_is_refused(tmp_path, number):
+    run(*make(), make_data(), 1, out=tmp_path)
+    with_format(tmp_path / "last.pt", number)
+    before = (tmp_path / "last.pt").read_bytes()
+    with pytest.raises(ValueError, match=rf"last\.pt: expected a checkpoint of format 1 to 2, got format {number!r}"):
+        run(*make(), make_data(), 2, out=tmp_path, resume=True)
+    assert (tmp_path / "last.pt").read_bytes() == before
+
+
+def test_a_checkpoint_whose_tensor_became_a_folder_is_damaged(tmp_path):
+    """One changed bit in the list of contents: torch.load then gives a tensor of whatever its memory held."""
+    run(*make(), make_data(), 1, out=tmp_path)
+    path = tmp_path / "last.pt"
+    damaged = bytearray(path.read_bytes())
+    entry = damaged.rindex(b"PK\x01\x02")  # of the last tensor
+    damaged[entry + 38] ^= 0x10
+    path.write_bytes(damaged)
+    with pytest.raises(ValueError, match="in it is damaged"):
+        checkpoint.load(path)
+
+
 def test_other_files_are_no_checkpoints(tmp_path):
     torch.save({"model": {}}, tmp_path / "last.pt")
     with pytest.raises(ValueError, match="expected a checkpoint of a training run, got another file"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import lzma
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from mla_ext.multimodal import checkpoint
 from . import figures
 from .measures import BINS
 from .methods import ALPHA, METHODS
-from .report import Table, correlation, difference, percent, write
+from .report import Table, correlation, difference, numbers, percent, write
 from .runs import Results, Run, load
 
 MAIN = tuple(name for name in METHODS if not name.endswith("-shared"))
@@ -114,13 +115,14 @@ class Evidence:
         self.results.complete(runs, title, self.workers)
 
     def values(self, runs: Sequence[Run], *path: str) -> list[float | None]:
-        """A number of each run's result, None where it diverged."""
+        """A number of each run's result. None: the run diverged. NaN: it has none, as of a modality without samples."""
         found = []
         for run in runs:
             value = self.results[run]
+            absent = None if "diverged" in value else math.nan
             for name in path:
                 value = value.get(name) if value is not None else None
-            found.append(value)
+            found.append(absent if value is None else value)
         return found
 
     def accuracies(self, runs: Sequence[Run]) -> list[float | None]:
@@ -262,7 +264,9 @@ def figure3(e: Evidence) -> None:
             for s in e.sources:
                 values = e.values(e.final(s, m), "gap", measure)
                 if measure == "distance":
-                    cells.append(f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}")
+                    found = numbers(values)
+                    mean = f"{statistics.mean(found):.3f} ± {statistics.stdev(found):.3f}" if len(found) > 1 else "-"
+                    cells.append(mean)
                 else:
                     cells.append(percent(values))
             rows.append([METHODS[m].title, *cells])
@@ -287,7 +291,7 @@ def order(e: Evidence) -> None:
     def turns(source: str) -> dict[str, str]:
         given = modalities_of(source)
         late = e.final(source, "late")
-        known = {m: [v for v in e.values(late, "validation_modalities", m) if v is not None] for m in given}
+        known = {m: numbers(e.values(late, "validation_modalities", m)) for m in given}
         strength = {m: statistics.mean(values) if values else 0.0 for m, values in known.items()}
         weak_first = sorted(given, key=strength.__getitem__)
         named = {"given": given, "reversed": given[::-1], "weak to strong": weak_first}
@@ -378,10 +382,10 @@ def gap(e: Evidence) -> None:
     for s in e.sources:
         groups = {METHODS[m].title: e.final(s, m) for m in MAIN}
         groups["MLA, alpha varied"] = [r for alpha in CURVE_ALPHAS for r in e.final(s, "mla", own=alpha)]
-        points[name_of(s)] = {
-            title: [p for p in zip(e.values(runs, "gap", "distance"), e.accuracies(runs), strict=True) if None not in p]
-            for title, runs in groups.items()
+        pairs = {
+            t: zip(e.values(runs, "gap", "distance"), e.accuracies(runs), strict=True) for t, runs in groups.items()
         }
+        points[name_of(s)] = {title: [p for p in found if len(numbers(p)) == 2] for title, found in pairs.items()}
         means = [
             [statistics.mean(column) for column in zip(*found, strict=True)]
             for title, found in points[name_of(s)].items()
@@ -422,7 +426,7 @@ def entropy(e: Evidence) -> None:
     for s in e.sources:
         for m in methods:
             runs = e.final(s, m)
-            rates = [p / c if c else None for p, c in zip(
+            rates = [p / c if c else math.nan if c == 0 else None for p, c in zip(
                 e.values(runs, "right_pick", "picks"), e.values(runs, "right_pick", "cases"), strict=True
             )]  # fmt: skip
             errors = [percent(e.values(runs, "calibration_error", fusion)) for fusion in ("mean", "entropy")]

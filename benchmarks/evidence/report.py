@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,13 +42,19 @@ def write(stem: Path, heading: str, text: str, tables: Sequence[Table]) -> None:
 
 
 def percent(values: Sequence[float | None]) -> str:
-    """Mean ± standard deviation in %; a run without a value, None, is counted and left out."""
-    finite = [100 * value for value in values if value is not None]
-    lost = len(values) - len(finite)
-    note = f" ({lost} of {len(values)} diverged)" if lost else ""
-    if len(finite) < 2:
-        return f"diverged in {lost} of {len(values)}" if lost else f"{finite[0]:.1f}"
-    return f"{statistics.mean(finite):.1f} ± {statistics.stdev(finite):.1f}{note}"
+    """Mean ± standard deviation in %. Runs that diverged (None) or had no sample (NaN) are counted and left out."""
+    total, found = len(values), [100 * value for value in numbers(values)]
+    diverged = sum(value is None for value in values)
+    lost = {"diverged": diverged, "no sample": total - len(found) - diverged}
+    if len(found) < 2:
+        return ", ".join(f"{what} in {n} of {total}" for what, n in lost.items() if n) or f"{found[0]:.1f}"
+    notes = ", ".join(f"{n} of {total} {what}" for what, n in lost.items() if n)
+    return f"{statistics.mean(found):.1f} ± {statistics.stdev(found):.1f}" + (f" ({notes})" if notes else "")
+
+
+def numbers(values: Sequence[float | None]) -> list[float]:
+    """The values of the runs that have one: neither None nor NaN."""
+    return [value for value in values if value is not None and not math.isnan(value)]
 
 
 def difference(values: Sequence[float | None], others: Sequence[float | None]) -> str:

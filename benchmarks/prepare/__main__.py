@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         print("prepare: error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
-    for message in summary.damaged:
+    for message in (*corpus.left_out, *summary.damaged):
         print("left out:", message, file=sys.stderr)
     if summary.damaged:
         print(f"{len(summary.damaged)} recordings left out, {summary.dropped} samples with them", file=sys.stderr)

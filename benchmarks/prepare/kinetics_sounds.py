@@ -3,8 +3,9 @@
 DIR/train, DIR/val and, if you have it, DIR/test hold 10-second clips <id>_<start>_<end>.mp4, either in a folder for
 each class (DIR/train/playing_accordion/…) or all in one, with their labels in DIR/annotations/train.csv and so on
 (header: label, youtube_id, time_start, time_end, split), as Kinetics is distributed. A whole copy of Kinetics will do:
-other classes are passed over. Beside or instead of the .mp4 there may be its sound as <clip>.wav, and its frames as
-<clip>/*.jpg. Only clips that are there count, as many are no longer to be had.
+other classes are passed over. A clip that is in no folder of a class or in no line of the annotations is left out and
+named. Beside or instead of the .mp4 there may be its sound as <clip>.wav, and its frames as <clip>/*.jpg. Only clips
+that are there count, as many are no longer to be had.
 
 The publication names 34 classes. Kinetics-400 as released has 31 of them, four under another name: those are the
 classes here, and `typing`, `fingerpicking` and `patting` if a copy has them.
@@ -38,28 +39,38 @@ COLUMNS = ("label", "youtube_id", "time_start", "time_end")
 def read(root: Path) -> Corpus:
     has_test = (root / "test").is_dir()
     splits = {"train": "train", "val": "validation" if has_test else "test"} | ({"test": "test"} if has_test else {})
-    samples = [_sample(base, label, split) for part, split in splits.items() for base, label in _clips(root, part)]
+    samples, left_out = [], []
+    for part, split in splits.items():
+        clips, unlabelled = _clips(root, part)
+        samples += [_sample(base, label, split) for base, label in clips]
+        left_out += unlabelled
     classes = tuple(name for name in CLASSES if any(sample.label == name for sample in samples))
-    return Corpus(classes, ("audio", "video"), samples if has_test else hold_out_validation(samples), seconds=10.0)
+    samples = samples if has_test else hold_out_validation(samples)
+    return Corpus(classes, ("audio", "video"), samples, seconds=10.0, left_out=tuple(left_out))
 
 
-def _clips(root: Path, part: str) -> list[tuple[Path, str]]:
-    """(path without suffix, class) of the part's clips that are of a class of ours; ValueError if there are none."""
+def _clips(root: Path, part: str) -> tuple[list[tuple[Path, str]], list[str]]:
+    """(path without suffix, class) of the part's clips that are of a class of ours, and which clips have no label.
+
+    ValueError if no clip is of a class of ours.
+    """
     parent = folder(root, part)
     directories = [path for path in entries(parent, "*") if path.is_dir() and _class(path.name) in CLASSES]
     annotations = root / "annotations" / f"{part}.csv"
     if directories:
         clips = [(clip, _class(directory.name)) for directory in directories for clip in _bases(directory)]
+        unlabelled = [f"{path} is in no folder of a class" for path in visible(parent) if _is_recording(path)]
     elif annotations.exists():
-        labels = _labels(annotations)
-        clips = [(clip, _class(labels.get(clip.name, ""))) for clip in _bases(parent)]
+        labels, bases = _labels(annotations), _bases(parent)
+        clips = [(clip, _class(labels[clip.name])) for clip in bases if clip.name in labels]
+        unlabelled = [f"{clip} is not in {annotations}" for clip in bases if clip.name not in labels]
     else:
         there = ", ".join(path.name for path in entries(parent, "*")[:5])
         raise ValueError(f"{parent}: expected folders named as classes, or {annotations}; found {there}")
     clips = [(clip, label) for clip, label in clips if label in CLASSES]
     if not clips:
         raise ValueError(f"{parent}: expected clips of the classes {', '.join(CLASSES)}; found none")
-    return clips
+    return clips, unlabelled
 
 
 def _class(name: str) -> str:
@@ -69,8 +80,12 @@ def _class(name: str) -> str:
 
 def _bases(parent: Path) -> list[Path]:
     """The clips in a folder, without suffix: a video, its sound and the folder of its frames are one."""
-    paths = [path for path in visible(parent) if path.is_dir() or path.suffix.lower() in (*VIDEO, ".wav")]
+    paths = [path for path in visible(parent) if path.is_dir() or _is_recording(path)]
     return sorted({path if path.is_dir() else path.with_suffix("") for path in paths})
+
+
+def _is_recording(path: Path) -> bool:
+    return path.is_file() and path.suffix.lower() in (*VIDEO, ".wav")
 
 
 def _labels(annotations: Path) -> dict[str, str]:

@@ -53,12 +53,16 @@ class Sample:
 
 @dataclass(frozen=True)
 class Corpus:
-    """A dataset: its classes and modalities, in order, and its samples. Sound is cut or padded to `seconds`."""
+    """A dataset: its classes and modalities, in order, and its samples. Sound is cut or padded to `seconds`.
+
+    left_out: recordings that are there and make no sample, each with the reason.
+    """
 
     classes: tuple[str, ...]
     modalities: tuple[str, ...]
     samples: list[Sample]
     seconds: float = 0.0
+    left_out: tuple[str, ...] = ()
 
 
 def folder(*parts: str | Path) -> Path:

@@ -14,9 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["load", "plain", "save", "write_atomic", "write_text"]
+__all__ = ["FORMAT", "load", "plain", "save", "write_atomic", "write_text"]
+
+FORMAT = 2  # of what `fit` writes, its "format"; files without a number are format 1
 
 _KEYS = {"settings", "epoch", "model", "optimizer", "scheduler", "history", "best"}  # of a checkpoint
+_FOLDER = 0x10  # the bit in a zip entry's attributes; torch.load leaves the memory of a tensor with it uninitialised
 _READABLE = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
 
 
@@ -76,14 +79,15 @@ def plain(value: Any, name: str = "checkpoint") -> Any:
 def load(path: Path) -> dict[str, Any]:
     """The content of a checkpoint, on the CPU.
 
-    OSError if the file cannot be opened, ValueError if it is not a whole checkpoint of a run.
+    OSError if the file cannot be opened, ValueError if it is not a whole checkpoint of a run or its format is newer.
     """
     with open(path, "rb") as file:
         try:
             with zipfile.ZipFile(file) as archive:  # torch.load reads past damaged bytes: it ignores the checksums
                 damaged = archive.testzip()
-            if damaged is not None:
-                raise ValueError(f"{damaged} in it is damaged")
+                folders = [entry.filename for entry in archive.infolist() if entry.external_attr & _FOLDER]
+            if damaged is not None or folders:
+                raise ValueError(f"{damaged or folders[0]} in it is damaged")
             file.seek(0)
             content = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged file can fail in any way
@@ -91,6 +95,9 @@ def load(path: Path) -> dict[str, Any]:
             raise ValueError(
                 f"{path}: expected a checkpoint of a training run, got a file that is none: {reason}"
             ) from error
+    number = content.get("format", 1) if isinstance(content, dict) else 1
+    if number not in range(1, FORMAT + 1):
+        raise ValueError(f"{path}: expected a checkpoint of format 1 to {FORMAT}, got format {number!r}")
     if not isinstance(content, dict) or not content.keys() >= _KEYS:
         raise ValueError(f"{path}: expected a checkpoint of a training run, got another file of torch.save")
     return content

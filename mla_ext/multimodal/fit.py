@@ -230,6 +230,7 @@ class _Run:
     def content(self) -> dict[str, Any]:
         """What the checkpoint holds."""
         return {
+            "format": checkpoint.FORMAT,
             "settings": self.settings,
             "epoch": len(self.history),
             "model": self.model.state_dict(),
