@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import operator
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
@@ -16,17 +15,14 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from . import backends, checks, head_state, loading, ops
-from .gather import Gathered, gather_head_step
-from .observation import Observation, average_over_ranks, observe
-from .plain import check_plain_step, plain_step
+from .gather import HYPERPARAMETERS, Gatherer
+from .observation import Observation, observe
+from .plain import plain_step
 from .recording import Link, Recorder
 from .reference import Hyperparameters, accumulate_dtype
 from .sharding import check_ranks, check_sharding
-from .step import HeadStep
 
 __all__ = ["ProjectedSGD"]
-
-_HYPERPARAMETERS = tuple(Hyperparameters.__dataclass_fields__)
 
 
 class ProjectedSGD(Optimizer):
@@ -97,17 +93,16 @@ class ProjectedSGD(Optimizer):
         self.process_group = process_group
         self._attached: dict[Tensor, weakref.ref[Recorder] | None] = {}  # with the hook that should feed it, if any
         self._observed: dict[Tensor, Observation] = {}
-        self._checked_groups: dict[int, tuple[list[Any], Hyperparameters]] = {}
-        self._gathered: dict[Tensor, Gathered] = {}
+        self._gatherer = Gatherer()
         self._link = Link()
         self._link.bind(self)
-        super().__init__(params, {name: getattr(hyper, name) for name in _HYPERPARAMETERS} | options)
+        super().__init__(params, {name: getattr(hyper, name) for name in HYPERPARAMETERS} | options)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As for any optimizer; the group's hyperparameters are checked first."""
         merged = self.defaults | (param_group if isinstance(param_group, dict) else {})
         checks.check_number("lr", merged["lr"], ">= 0", lambda lr: lr >= 0)
-        checks.check_hyperparameters(_hyperparameters(merged))
+        checks.check_hyperparameters(Hyperparameters(*(merged[name] for name in HYPERPARAMETERS)))
         checks.check_rank(merged["rank"], merged["normalize"])
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -181,7 +176,7 @@ class ProjectedSGD(Optimizer):
             if closure is not None:
                 with torch.enable_grad():
                     loss = closure()
-            head_steps, plain_groups = self._gather(grad_scale, found_inf)
+            head_steps, plain_groups = self._gatherer.gather(self, grad_scale, found_inf)
         finally:
             # Even if the step fails: features of a batch that was given up must not meet the next gradient. In place,
             # since torch.compile drops the assignment of an optimizer's attribute.
@@ -247,7 +242,7 @@ class ProjectedSGD(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         own: dict[str, Any] = {"backend": self.backend, "process_group": self.process_group}
         own |= {"_attached": dict.fromkeys(self._attached), "_link": self._link}
-        own |= {"_observed": {}, "_checked_groups": {}, "_gathered": {}}
+        own |= {"_observed": {}, "_gatherer": Gatherer()}
         return super().__getstate__() | own
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -281,70 +276,3 @@ class ProjectedSGD(Optimizer):
                 "the loaded state has no projection for an attached weight: its P starts from the identity",
                 stacklevel=stacklevel,
             )
-
-    def _warn_of_starvation(self, weight: Tensor) -> None:
-        """Say once that a head is not fed, at the second such step in a row; one may be another program's trial."""
-        reference = self._attached.get(weight)
-        recorder = None if reference is None else reference()
-        if recorder is None:  # fed by hand, or the handle was removed
-            return
-        recorder.starved += 1
-        if recorder.starved == 2:
-            self._attached[weight] = None
-            warnings.warn(
-                "an attached weight has gradients and no features, so its P stays as it is: its head is in evaluation "
-                "mode, or the weight is used outside the head that was attached",
-                stacklevel=5,
-            )
-
-    def _checked(self, index: int, group: dict[str, Any]) -> Hyperparameters:
-        """The group's hyperparameters, checked anew when one of them is another object than at the last step."""
-        known = None if torch.compiler.is_compiling() else self._checked_groups.get(index)
-        values = [group[name] for name in _HYPERPARAMETERS]
-        if known is not None and all(map(operator.is_, values, known[0])):
-            return known[1]
-        hyper = Hyperparameters(*values)
-        if not torch.compiler.is_compiling():  # where a check would compile the numbers in
-            checks.check_hyperparameters(hyper)
-            self._checked_groups[index] = values, hyper
-        return hyper
-
-    def _gather(
-        self, grad_scale: Tensor | None, found_inf: Tensor | None
-    ) -> tuple[list[tuple[HeadStep, backends.Backend]], list[tuple[dict[str, Any], list[Tensor]]]]:
-        """Every head's checked step and backend, each group's plain parameters. No weight, momentum or P changes."""
-        heads: list[tuple[dict[str, Any], Hyperparameters, Tensor]] = []
-        plain: list[tuple[dict[str, Any], list[Tensor]]] = []
-        for index, group in enumerate(self.param_groups):
-            hyper = self._checked(index, group)
-            params: list[Tensor] = []
-            for param in group["params"]:
-                if param.grad is None:
-                    continue
-                if param in self._attached or head_state.has_projection(self.state.get(param, {})):
-                    heads.append((group, hyper, param))
-                else:
-                    params.append(param)
-            check_plain_step(self.state, group, params)
-            plain.append((group, params))
-
-        observations = [self._observed.get(weight) for *_, weight in heads]
-        means = [None if observation is None else observation.mean for observation in observations]
-        ranks = self.process_group
-        if heads and not isinstance(ranks, str) and dist.is_available() and dist.is_initialized():
-            means = [*average_over_ranks(observations, [weight for *_, weight in heads], ranks)]
-
-        scaling = grad_scale, found_inf
-        steps = [
-            gather_head_step(self._gathered, weight, self.state[weight], group, hyper, mean, scaling, self.backend)
-            for (group, hyper, weight), mean in zip(heads, means, strict=True)
-        ]
-        if not torch.compiler.is_compiling():
-            for (*_, weight), mean in zip(heads, means, strict=True):
-                if mean is None:
-                    self._warn_of_starvation(weight)
-        return steps, plain
-
-
-def _hyperparameters(group: dict[str, Any]) -> Hyperparameters:
-    return Hyperparameters(**{name: group[name] for name in _HYPERPARAMETERS})

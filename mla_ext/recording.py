@@ -42,7 +42,7 @@ class Recorder:
 
     def __init__(self, link: Link, weight: Tensor) -> None:
         self.link, self.weight = link, weight
-        self.starved, self.has_skipped = 0, False
+        self.starved, self.has_skipped, self.has_starved = 0, False, False
 
     def __call__(self, head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         optimizer = None if self.link.optimizer is None else self.link.optimizer()
@@ -67,6 +67,17 @@ class Recorder:
             if type(features) is not Tensor:  # P is a plain tensor, whatever the features
                 features = features.as_subclass(Tensor)
             optimizer._record(self.weight, features)
+
+    def starve(self) -> None:
+        """A step with a gradient and no features: said once, at the second in a row, as one alone may be a trial."""
+        self.starved += 1
+        if self.starved >= 2 and not self.has_starved:
+            self.has_starved = True
+            warnings.warn(
+                "an attached weight has gradients and no features, so its P stays as it is: its head is in evaluation "
+                "mode, or the weight is used outside the head that was attached",
+                stacklevel=6,
+            )
 
 
 def _has_rows(features: Any, weight: Tensor) -> TypeGuard[Tensor]:
