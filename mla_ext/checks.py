@@ -160,7 +160,7 @@ def check_projection(projection: Projection, s: int, dtype: torch.dtype, device:
 
 
 def check_head_step(step: HeadStep) -> None:
-    """Of the tensors; `check_hyperparameters` is for step.hyper itself."""
+    """The tensors of a step; `check_hyperparameters` is for step.hyper itself."""
     weight = step.weight
     check_tensor("weight", weight, ("C", "s"))
     check_nonempty("weight", weight)

@@ -32,13 +32,15 @@ class Gathered:
 
     step: HeadStep
     backend: Backend
+    name: str  # of the backend, as it was asked for
     state: list[Any]
     place: tuple[Any, ...]
 
-    def holds(self, weight: Tensor, state: dict[str, Any], hyper: Hyperparameters) -> bool:
-        """Whether the weight lies where it lay, and its state and hyperparameters are the same objects."""
+    def holds(self, weight: Tensor, state: dict[str, Any], hyper: Hyperparameters, backend: str) -> bool:
+        """Whether the weight lies where it lay, state and hyperparameters are the same, and so is `backend`."""
         return (
             self.step.hyper is hyper
+            and self.name == backend
             and len(state) == len(self.state)
             and all(map(operator.is_, state.values(), self.state))
             and self.place == _place(weight)
@@ -127,7 +129,7 @@ class Gatherer:
         if mean is not None and (mean.dtype != dtype or mean.device != weight.device):  # the model was converted since
             mean = mean.to(weight.device, dtype)
         last = self.heads.get(weight)
-        if last is not None and last.holds(weight, state, hyper):
+        if last is not None and last.holds(weight, state, hyper, backend):
             checks.check_tensor("grad", grad, weight.shape, (weight.dtype,), weight.device)
             checks.check_scaling(*scaling, weight.device)
             same = last.step
@@ -144,5 +146,5 @@ class Gatherer:
         checks.check_head_step(step)
         if type(weight) is nn.Parameter and not torch.compiler.is_compiling() and weight.device.type != "meta":
             nothing = HeadStep(W, W, M, P, None, count, hyper)  # keeps no gradient and no mean alive
-            self.heads[weight] = Gathered(nothing, chosen, [*state.values()], _place(weight))
+            self.heads[weight] = Gathered(nothing, chosen, backend, [*state.values()], _place(weight))
         return step, chosen

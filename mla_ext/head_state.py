@@ -48,8 +48,13 @@ def check(state: dict[str, Any], weight: Tensor) -> None:
     """Raises ValueError for the saved state of a projected weight that does not fit `weight`."""
     if not has_projection(state):
         return
-    s = weight.shape[1:]
-    shapes = {"base": 2 * s, BEFORE_0_2: 2 * s, "rows": ("R", *s), "momentum_buffer": weight.shape}
+    (s,) = weight.shape[1:]
+    shapes: dict[str, tuple[int | str, ...]] = {
+        "base": (s, s),
+        BEFORE_0_2: (s, s),
+        "rows": ("R", s),
+        "momentum_buffer": weight.shape,
+    }
     for name in dtypes_of(weight):
         value = state.get(name)
         if name in shapes:

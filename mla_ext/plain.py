@@ -78,7 +78,7 @@ def check_plain_step(state: Mapping[Tensor, dict[str, Any]], group: dict[str, An
             what = describe(param.grad)
             raise TypeError(f"grad: expected a dense tensor with weight_decay or fused=True, got {what}")
     for param in params if _has_momentum(group) else ():
-        buffer = state[param].get("momentum_buffer")
+        buffer = state.get(param, {}).get("momentum_buffer")
         if buffer is not None and (buffer.shape != param.shape or buffer.device != param.device):
             raise ValueError(f"momentum_buffer: expected one for {describe(param)}, got {describe(buffer)}")
 

@@ -560,3 +560,16 @@ def test_tensor_lr_and_weight_decay_are_those_of_numbers():
         models.append(model)
     for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_a_backend_that_is_set_between_steps_serves_the_next_step():
+    head = torch.nn.Linear(16, 4)
+    optimizer = ProjectedSGD(head.parameters(), lr=0.1)
+    optimizer.attach(head)
+    for _ in range(2):  # the second step is not checked anew
+        head(torch.ones(3, 16)).sum().backward()
+        optimizer.step()
+    head(torch.ones(3, 16)).sum().backward()
+    optimizer.backend = "none of ours"
+    with pytest.raises(ValueError, match="backend"):
+        optimizer.step()

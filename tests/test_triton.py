@@ -181,7 +181,7 @@ def test_reasons_why_it_cannot_run(monkeypatch, fresh):
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
         backends.choose("triton", CPU)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "pip install triton" in backends.triton.unusable(CUDA)
+    assert "pip install triton" in backends.BACKENDS["triton"].unusable(CUDA)
     monkeypatch.setattr(_library, "cuda_load_error", "mla_ext was built without CUDA")
     assert backends.choose("auto", CUDA) is backends.BACKENDS["reference"]
 
