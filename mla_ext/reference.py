@@ -97,14 +97,17 @@ def rank_update(
     """`rls_update` of P = βI − KᵀK: one row k / √d more, with k = P h̄; then β ← (1−ρ)β + ρ and K ← √(1−ρ) K.
 
     Returns β (0-d) and K (r + 1, s), or both as they were where d is infinite, NaN or 0. In exact arithmetic
-    h̄ᵀk ≥ |k|²/β, because 0 ⪯ P ⪯ βI. The larger of the two is used: then rounding never takes more from P than it
-    has, and d ≥ α.
+    h̄ᵀk ≥ |k|²/β, because 0 ⪯ P ⪯ βI. The larger of the two is used, so that d ≥ α. Where h̄ᵀk is less than half of
+    |k|²/β, k is nothing but rounding and becomes no row: P would become indefinite.
     """
     k = rank_product(feature_mean, beta, rows)
-    d = alpha + torch.maximum(torch.dot(feature_mean, k), torch.dot(k, k) / beta)
+    least = torch.dot(k, k) / beta
+    d = alpha + torch.maximum(torch.dot(feature_mean, k), least)
     if not (d.isfinite() and d > 0):
         return beta, rows
-    return (1 - forget) * beta + forget, (1 - forget) ** 0.5 * torch.cat([rows, (k / d.sqrt()).unsqueeze(0)])
+    if torch.dot(feature_mean, k) >= least / 2:
+        rows = torch.cat([rows, (k / d.sqrt()).unsqueeze(0)])
+    return (1 - forget) * beta + forget, (1 - forget) ** 0.5 * rows
 
 
 def rank_compress(beta: Tensor, rows: Tensor, keep: int) -> tuple[Tensor, Tensor]:

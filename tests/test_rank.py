@@ -7,7 +7,7 @@ import pytest
 import torch
 from parity import assert_as_accurate
 
-from mla_ext import _library, reference
+from mla_ext import ProjectedSGD, _library, reference
 from mla_ext.reference import Hyperparameters, accumulate_dtype
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -341,3 +341,18 @@ def test_bad_arguments_are_refused_before_any_change(changed, request):
     with pytest.raises(RuntimeError, match=request.node.callspec.id):
         rank.step_(grad, arguments["mean"], **{name: value for name, value in changed.items() if name != "grad"})
     assert all(map(torch.equal, before, rank.bits()))
+
+
+@pytest.mark.parametrize("alpha", [1e-8, 1e-30])
+@pytest.mark.parametrize("scale", [1.0, 1e3])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_the_same_features_for_ever_leave_p_between_0_and_the_identity(backend, scale, alpha):
+    """With a tiny alpha all that is left of k is rounding."""
+    head = torch.nn.Linear(130, 5)
+    optimizer = ProjectedSGD(head.parameters(), lr=0.0, alpha=alpha, rank=16, backend=backend)
+    optimizer.attach(head)
+    for _ in range(300):
+        head(torch.full((4, 130), scale)).sum().backward()
+        optimizer.step()
+    eigenvalues = torch.linalg.eigvalsh(optimizer.projection(head.weight).double())
+    assert -1e-5 < eigenvalues[0] < 1e-3 and abs(eigenvalues[-1] - 1) < 1e-5

@@ -121,9 +121,11 @@ void append_row(const HeadStep& step, const A* h, const A* k, ParallelFor parall
   // one u u^T never takes more than P has, and d >= alpha > 0.
   const A least = dots[1] / beta, d = A(alpha_of(step.hyper)) + (dots[0] > least ? dots[0] : least);
   if (!std::isfinite(d) || !(d > 0)) return;
-  const A root = std::sqrt(d);
-  for (int64_t j = 0; j < s; ++j) K[count * s + j] = k[j] / root;
-  ++count;
+  if (dots[0] >= least / 2) {  // else k is nothing but rounding: a row of it would make P indefinite
+    const A root = std::sqrt(d);
+    for (int64_t j = 0; j < s; ++j) K[count * s + j] = k[j] / root;
+    ++count;
+  }
   if (step.hyper.forget == 0) return;
   const A forget = A(step.hyper.forget), kept = A(1) - forget, factor = std::sqrt(kept);
   beta = kept * beta + forget;
