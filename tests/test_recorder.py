@@ -31,11 +31,6 @@ WEIGHT, P, GRAD = 0, 2, 4  # arrays of a head step's call
 NORMALIZED = Hyperparameters(momentum=0.9, absorb="before", normalize=True, forget=0.1)
 
 
-@pytest.fixture(scope="module")
-def recorder(tmp_path_factory) -> Path:
-    return harness.build_recorder(tmp_path_factory.mktemp("recorder"))
-
-
 def plain_calls() -> list[Call]:
     """Every kernel and type, at sizes that are aligned or not, that fill their last tile, block and pass or do not."""
     shapes = ((1, 1), (7, 2), (33, 6), (40, 6), (129, 17), (128, 6))
