@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils.hooks import RemovableHandle
 
-from . import backends, checks, head_state, loading, ops
+from . import backends, checks, head_state, loading
 from .gather import HYPERPARAMETERS, Gatherer
 from .observation import Observation, observe
-from .plain import plain_step
 from .recording import Link, Recorder
 from .reference import Hyperparameters, accumulate_dtype
 from .sharding import check_ranks, check_sharding
@@ -163,8 +163,7 @@ class ProjectedSGD(Optimizer):
                 backends.choose(self.backend, state["step"].device).settle_(P)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of every parameter that has a gradient; returns the closure's loss, if there is one."""
+    def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         initialized = torch.cuda.is_initialized()
         capturing = initialized and torch.cuda.is_current_stream_capturing()
         if capturing and not all(group["capturable"] for group in self.param_groups):
@@ -176,21 +175,24 @@ class ProjectedSGD(Optimizer):
             if closure is not None:
                 with torch.enable_grad():
                     loss = closure()
-            head_steps, plain_groups = self._gatherer.gather(self, grad_scale, found_inf)
+            steps = self._gatherer.gather(self, grad_scale, found_inf)
         finally:
             # Even if the step fails: features of a batch that was given up must not meet the next gradient. In place,
             # since torch.compile drops the assignment of an optimizer's attribute.
             self._observed.clear()
-        for group, params in plain_groups:
-            if params:
-                plain_step(self.state, group, params, grad_scale, found_inf)
-        for head_step, backend in head_steps:
-            ops.run_head_step_(head_step, backend)
-        if head_steps:  # torch.distributed.checkpoint asks for the state of every parameter if it finds any
-            for _, params in plain_groups:
-                for param in params:
-                    self.state[param]
+        if not steps.run_at_once(self.backend):
+            steps.check(self.state)
+            steps.run(self.state)
         return loss
+
+    _watched_step = Optimizer.profile_hook_step(_step)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of every parameter that has a gradient; returns the closure's loss, if there is one."""
+        step = self._watched_step if _is_watched(self) else self._step
+        return step() if closure is None else step(closure)
+
+    step.hooked = True  # type: ignore[attr-defined]  # torch wraps it otherwise, which costs as much as a small step
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As for any optimizer. P and momentum keep their precision under half-precision weights.
@@ -264,11 +266,12 @@ class ProjectedSGD(Optimizer):
         if self._has_loaded:
             self._warn_of_identity(weight, stacklevel=4)
 
-    def _record(self, weight: Tensor, features: Tensor) -> None:
+    def _record(self, weight: Tensor, features: Tensor) -> Observation:
         new = observe(features, accumulate_dtype(weight.dtype), self.backend)
         observation = self._observed.setdefault(weight, new)
         if observation is not new:
             observation.add(new)
+        return observation
 
     def _warn_of_identity(self, weight: Tensor, stacklevel: int) -> None:
         if not head_state.has_projection(self.state.get(weight, {})):
@@ -276,3 +279,16 @@ class ProjectedSGD(Optimizer):
                 "the loaded state has no projection for an attached weight: its P starts from the identity",
                 stacklevel=stacklevel,
             )
+
+
+def _is_watched(optimizer: ProjectedSGD) -> bool:
+    """Whether somebody wants to know of its steps: then torch's wrapper calls hooks and tells the profiler."""
+    if type(optimizer).step is not ProjectedSGD.step:  # torch has wrapped the subclass's
+        return False
+    hooks = (
+        optimizer._optimizer_step_pre_hooks,
+        optimizer._optimizer_step_post_hooks,
+        _global_optimizer_pre_hooks,
+        _global_optimizer_post_hooks,
+    )
+    return any(hooks) or (not torch.compiler.is_compiling() and torch._C._autograd._profiler_enabled())
