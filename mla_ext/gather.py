@@ -80,12 +80,10 @@ class Part:
 
     def holds(self, group: dict[str, Any]) -> bool:
         """Whether they are still those of `group`, and no projection has been put into a plain one's state."""
-        if not _are_same(group["params"], self.params):
-            return False
-        for _, state in self.plain:  # which has a momentum buffer at most
-            if len(state) > 1 and head_state.has_projection(state):
-                return False
-        return True
+        return _are_same(group["params"], self.params) and not any(
+            len(state) > 1 and head_state.has_projection(state)  # it has a momentum buffer at most
+            for _, state in self.plain
+        )
 
 
 @dataclass(slots=True)

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils.hooks import RemovableHandle
 
 from . import backends, checks, head_state, loading
@@ -21,6 +20,7 @@ from .observation import Observation, observe
 from .recording import Link, Recorder
 from .reference import Hyperparameters, accumulate_dtype
 from .sharding import check_ranks, check_sharding
+from .watching import watchable
 
 __all__ = ["ProjectedSGD"]
 
@@ -162,8 +162,10 @@ class ProjectedSGD(Optimizer):
             if P is not None:
                 backends.choose(self.backend, state["step"].device).settle_(P)
 
+    @watchable
     @torch.no_grad()
-    def _step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of every parameter that has a gradient; returns the closure's loss, if there is one."""
         initialized = torch.cuda.is_initialized()
         capturing = initialized and torch.cuda.is_current_stream_capturing()
         if capturing and not all(group["capturable"] for group in self.param_groups):
@@ -185,51 +187,14 @@ class ProjectedSGD(Optimizer):
             steps.run(self.state)
         return loss
 
-    _watched_step = Optimizer.profile_hook_step(_step)
-
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of every parameter that has a gradient; returns the closure's loss, if there is one."""
-        step = self._watched_step if _is_watched(self) else self._step
-        return step() if closure is None else step(closure)
-
-    step.hooked = True  # type: ignore[attr-defined]  # torch wraps it otherwise, which costs as much as a small step
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As for any optimizer. P and momentum keep their precision under half-precision weights.
 
         `rank` decides the form of P: a checkpoint of a dense P loads into the rank form, and the other way; with "auto"
         P keeps the form it was saved in. Raises ValueError for a projection that does not fit its weight.
         """
-        kept = [{n: group[n] for n in ("lr", "alpha") if isinstance(group[n], Tensor)} for group in self.param_groups]
-        saved: dict[Tensor, dict[str, Any]] = {}
-        is_new = False
-
-        def read(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-            nonlocal is_new
-            is_new = loading.is_new(state_dict)
-            state_dict, of_params = loading.read(self.param_groups, state_dict)
-            saved.update(of_params)
-            return state_dict
-
-        def restore(optimizer: Optimizer) -> None:
-            for group, tensors in zip(self.param_groups, kept, strict=True):
-                for name, tensor in tensors.items():  # captured graphs know these tensors, not new ones
-                    group[name] = tensor.copy_(torch.as_tensor(group[name]).reshape(tensor.shape))
-            self._observed.clear()
-            for group in self.param_groups:
-                for param in group["params"]:
-                    loading.restore(self.state, param, saved.get(param, {}), group, self.backend)
-
-        # Between the user's hooks: those before see what torch's do, and those after see the state as it is kept.
-        hooks = (
-            self.register_load_state_dict_pre_hook(read),
-            self.register_load_state_dict_post_hook(restore, prepend=True),
-        )
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        is_new = loading.load(self, super().load_state_dict, state_dict)
+        self._observed.clear()
         self._has_loaded = True
         for weight in () if is_new else self._attached:
             self._warn_of_identity(weight, stacklevel=3)
@@ -279,16 +244,3 @@ class ProjectedSGD(Optimizer):
                 "the loaded state has no projection for an attached weight: its P starts from the identity",
                 stacklevel=stacklevel,
             )
-
-
-def _is_watched(optimizer: ProjectedSGD) -> bool:
-    """Whether somebody wants to know of its steps: then torch's wrapper calls hooks and tells the profiler."""
-    if type(optimizer).step is not ProjectedSGD.step:  # torch has wrapped the subclass's
-        return False
-    hooks = (
-        optimizer._optimizer_step_pre_hooks,
-        optimizer._optimizer_step_post_hooks,
-        _global_optimizer_pre_hooks,
-        _global_optimizer_post_hooks,
-    )
-    return any(hooks) or (not torch.compiler.is_compiling() and torch._C._autograd._profiler_enabled())
