@@ -18,8 +18,10 @@ import harness
 from harness import FORTY, H100, ONE
 from test_cuda_emulation import DTYPES, FLOATS, NAN, HeadCase, assert_accurate, check_head_steps, option_cases
 
-from mla_ext import reference
+from mla_ext import _library, backends, reference
+from mla_ext.projection import Projection
 from mla_ext.reference import Hyperparameters
+from mla_ext.step import HeadStep
 
 pytestmark = pytest.mark.skipif(harness.UNAVAILABLE is not None, reason=str(harness.UNAVAILABLE))
 
@@ -202,3 +204,25 @@ def test_bad_arguments_are_refused(fast, tmp_path):
         with pytest.raises(RuntimeError, match=f"cudaError_t {error}:"):
             harness.run(fast, [one], tmp_path)
         assert one.launches == 0
+
+
+def test_what_the_optimizer_asks_the_backend():
+    """How many rows with rank="auto"; and a P with rows of a CPU is settled without a kernel for it."""
+    cuda = backends.BACKENDS["cuda"]
+    assert [cuda.rank(s) for s in (64, 1024, 1025, 8192)] == [None, None, 64, 64]
+    P = Projection(torch.eye(5), None, torch.ones(3, 5), torch.tensor(2))
+    expected = P.dense()
+    cuda.settle_(P)
+    assert torch.equal(P.base, expected) and P.count == 0
+
+
+@pytest.mark.skipif(_library.load_error is not None, reason="the ops are not compiled")
+@pytest.mark.parametrize("name", ["momentum", "dampening", "weight_decay", "forget"])
+def test_a_number_on_the_device_is_refused_where_a_graph_would_keep_it(monkeypatch, name):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    hyper = Hyperparameters(**{name: torch.empty((), device="meta")})
+    weight = torch.ones(2, 3)
+    step = HeadStep(weight, weight, None, Projection(torch.eye(3)), None, torch.zeros(()), hyper)
+    with pytest.raises(RuntimeError, match=f"{name}: expected a number, .* to capture a step; got"):
+        backends.BACKENDS["cuda"].head_step_(step)
+    assert torch.equal(weight, torch.ones(2, 3))
