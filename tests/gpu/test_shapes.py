@@ -53,7 +53,7 @@ def mean_of_step(t, s, dtype):
     return (shared + 0.1 * randn(s, dtype=dtype, device=DEVICE, seed=100 + t)) / s**0.5
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_dense(backend, shape, options, dtype):
@@ -76,7 +76,7 @@ def test_dense(backend, shape, options, dtype):
     assert torch.equal(P, P.T) and step == 3
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", ["after", "before"])
 @pytest.mark.parametrize("shape", RANKS)
 def test_rank_across_compressions(backend, shape, options, dtype):
