@@ -59,8 +59,8 @@ void try_eigen(Input& input) {
   long double norm = 0;
   for (int64_t i = 0; i < n * n; ++i) norm = std::hypot(norm, A.get(i));
   if (!std::isfinite(norm)) {
-    const bool finite = std::all_of(values.begin(), values.end(), [](double value) { return std::isfinite(value); });
-    if (finite) fail("eigenvalues of what is not finite", 0, values[0], {norm, 0});
+    const auto number = std::find_if(values.begin(), values.end(), [](double value) { return !std::isnan(value); });
+    if (number != values.end()) fail("eigenvalue of what is not finite", number - values.begin(), *number, {});
     return;
   }
   if (norm > format_of(DType::Float64).precision().largest) return;

@@ -103,9 +103,7 @@ def build_cuda(directory: Path, compiler: Compiler, flags: Sequence[str]) -> Pat
     return _finish(directory, compiler, flags, ["cuda"], objects)
 
 
-def _finish(
-    directory: Path, compiler: Compiler, flags: Sequence[str], backend: list[str], objects: list[Path]
-) -> Path:
+def _finish(directory: Path, compiler: Compiler, flags: Sequence[str], backend: list[str], objects: list[Path]) -> Path:
     """`backend`: the sources of one backend alone, the first of which names the program."""
     ours = [*backend, "operations"] + ([] if compiler.guides else ["main"])
     objects += [compiler.compile(HERE / f"{name}.cpp", directory / f"fuzz_{name}.o", flags) for name in ours]
