@@ -90,7 +90,7 @@ def _call(function: Callable[..., Any], arguments: dict[str, Any], names: tuple[
     try:
         function(**arguments)
     except ERRORS as error:
-        named = re.match(r"(\w+)", str(error))
+        named = re.match(r"(?:\w+_, \S+:\d+, )?(\w+)", str(error))  # a compiled op says first who and where it is
         known = {*arguments, *names, *(field.name for field in fields(Hyperparameters))}
         assert named and named[1] in known, f"{type(error).__name__} names no argument: {error}"
         return "refused"
