@@ -6,7 +6,7 @@
 namespace mla_ext::cpu {
 
 // So few are not worth the wake of a thread: two take as long as one, with other work between the steps.
-constexpr int64_t kElementsOfOneThread = 32768;
+constexpr int64_t kElementsOfOneThread = 16384;
 
 struct SgdTensor {
   void* weight;           // in place
