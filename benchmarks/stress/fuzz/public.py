@@ -20,9 +20,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from mla_ext import MultimodalData, ProjectedSGD, SharedHeadModel, fit, load_npz, ops
+from mla_ext import MultimodalData, ProjectedSGD, SharedHeadModel, _library, fit, load_npz, ops
 from mla_ext.multimodal import checkpoint
-from mla_ext.reference import Hyperparameters
+from mla_ext.projection import Projection
+from mla_ext.reference import Hyperparameters, accumulate_dtype
 
 ERRORS = (TypeError, ValueError, OSError, RuntimeError)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -120,21 +121,59 @@ def call_rls_update(rng: random.Random, folder: Path) -> str:
     return _call(ops.rls_update_, _spoil(rng, arguments) | options)
 
 
-def call_head_step(rng: random.Random, folder: Path) -> str:
+def _head(rng: random.Random) -> dict[str, Any]:
+    """The arguments of a head step, except P and the hyperparameters."""
     _, s, C = _sizes(rng)
     dtype = rng.choice(DTYPES)
-    accumulate = torch.float64 if dtype == torch.float64 else torch.float32
-    arguments = {
+    accumulate = accumulate_dtype(dtype)
+    return {
         "weight": _tensor(rng, (C, s), dtype),
         "grad": _tensor(rng, (C, s), dtype),
         "momentum_buffer": _tensor(rng, (C, s), accumulate),
-        "projection": _tensor(rng, (s, s), accumulate),
         "feature_mean": rng.choice((None, _tensor(rng, (s,), accumulate))),
         "step": torch.tensor(float(rng.randrange(2))),
         "grad_scale": rng.choice((None, torch.tensor(8.0))),
         "found_inf": rng.choice((None, torch.tensor(float(rng.randrange(2))))),
     }
+
+
+def call_head_step(rng: random.Random, folder: Path) -> str:
+    arguments = _head(rng)
+    s = arguments["weight"].shape[1]
+    arguments["projection"] = _tensor(rng, (s, s), accumulate_dtype(arguments["weight"].dtype))
     return _call(ops.head_step_, _spoil(rng, arguments) | {"hyper": Hyperparameters(**_hyperparameters(rng))})
+
+
+def _bits(*values: Any) -> list[torch.Tensor]:
+    """What the tensors among the values hold, to compare."""
+    tensors = (value for value in values if isinstance(value, torch.Tensor) and value.layout == torch.strided)
+    return [
+        tensor.detach().flatten().clone(memory_format=torch.contiguous_format).view(torch.uint8)
+        for tensor in tensors
+        if not tensor.is_meta
+    ]
+
+
+def call_rank_step(rng: random.Random, folder: Path) -> str:
+    """A head step in the rank form. A refused one changes nothing."""
+    arguments = _head(rng)
+    s, accumulate = arguments["weight"].shape[1], accumulate_dtype(arguments["weight"].dtype)
+    capacity = rng.choice((1, 2, 3, 16, 65))
+    P = {
+        "base": None,
+        "beta": torch.tensor(rng.choice((1.0, 1.0, 0.5, 0.0, math.nan)), dtype=accumulate),
+        "rows": _tensor(rng, (capacity, s), accumulate),
+        "count": torch.tensor(rng.randrange(capacity)),
+    }
+    spoiled = _spoil(rng, arguments | P)
+    arguments = {name: spoiled[name] for name in arguments}
+    parts = {name: spoiled[name] for name in P}
+    before = _bits(*spoiled.values())
+    hyper = Hyperparameters(**_hyperparameters(rng))
+    outcome = _call(ops.head_step_, arguments | {"projection": Projection(**parts), "hyper": hyper}, tuple(parts))
+    if outcome == "refused":
+        assert all(map(torch.equal, before, _bits(*spoiled.values()))), "a refused step changed something"
+    return outcome
 
 
 def call_entropy_fusion(rng: random.Random, folder: Path) -> str:
@@ -154,13 +193,39 @@ def call_optimizer(rng: random.Random, folder: Path) -> str:
     def use(**options: Any) -> None:
         optimizer = ProjectedSGD(head.parameters(), **options)
         features = _tensor(rng, (3, s), head.weight.dtype) if rng.random() < 0.8 else _anything(rng)
-        optimizer.observe(head.weight, features)
-        grad = _tensor(rng, (C, s), head.weight.dtype)
-        head.weight.grad = grad.to_sparse() if rng.random() < 0.1 else grad
-        optimizer.step()
+        for _ in range(rng.choice((1, 1, 3))):
+            optimizer.observe(head.weight, features)
+            grad = _tensor(rng, (C, s), head.weight.dtype)
+            head.weight.grad = grad.to_sparse() if rng.random() < 0.1 else grad
+            optimizer.step()
         optimizer.projection(head.weight)
 
-    return _call(use, _hyperparameters(rng), ("weight", "features", "grad"))
+    options = _hyperparameters(rng) | {"rank": rng.choice(("auto", "auto", None, 2, 3, 64, 1, -1, 2.5, "x", True))}
+    return _call(use, options, ("weight", "features", "grad"))
+
+
+def call_plain_sgd(rng: random.Random, folder: Path) -> str:
+    """The kernel for parameters without a projection. What it does not take it leaves as it was."""
+    dtype, has_momentum = rng.choice(DTYPES[:2]), rng.random() < 0.5
+    shapes = [(rng.choice((0, 1, 7, 40000)),) for _ in range(rng.choice((0, 1, 3)))]
+    lists = [[_tensor(rng, shape, dtype) for shape in shapes] for _ in range(2 + has_momentum)]
+    if not has_momentum:
+        lists.append([])
+    if shapes and rng.random() < 0.4:
+        rng.choice(lists[: 2 + has_momentum])[0] = _anything(rng)
+    numbers = [rng.choice((0.1, 0.0, 1.0, 1e30)) if rng.random() < 0.9 else _number(rng) for _ in range(5)]
+    flags = [rng.random() < 0.5 for _ in range(4)]
+    values = [value for part in lists for value in part]
+    before = _bits(*values)
+    try:
+        done = _library.module.plain_sgd(
+            *lists, flags[0], *numbers[:4], *flags[1:3], numbers[4] if rng.random() < 0.5 else 1.0, flags[3]
+        )
+    except (TypeError, ValueError):
+        done = False
+    if not done:
+        assert all(map(torch.equal, before, _bits(*values))), "what was refused has changed"
+    return "returned" if done else "refused"
 
 
 def mutate(rng: random.Random, data: bytes) -> bytes:
@@ -263,6 +328,8 @@ TARGETS = {
     "feature_mean": call_feature_mean,
     "rls_update_": call_rls_update,
     "head_step_": call_head_step,
+    "rank form": call_rank_step,
+    "plain_sgd": call_plain_sgd,
     "entropy_fusion": call_entropy_fusion,
     "ProjectedSGD": call_optimizer,
     "load_npz": read_npz,
