@@ -77,7 +77,7 @@ def time_step(widths: Sequence[int], classes: int = 10, repeats: int = 60) -> di
     for s in widths:
         generator = torch.Generator().manual_seed(s)
         inputs, labels = torch.randn(64, s, generator=generator), torch.arange(64) % classes
-        trained: dict[str, tuple[nn.Module, Optimizer]] = {}
+        trained: dict[str, tuple[nn.Sequential, Optimizer]] = {}
         for name in ("SGD", "reference", "mla_ext"):
             model = nn.Sequential(nn.Linear(s, s), nn.ReLU(), head := nn.Linear(s, classes))
             optimizer: Optimizer
