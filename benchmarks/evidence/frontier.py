@@ -26,9 +26,10 @@ from ..speed.baselines import make_state
 from ..speed.head_step import HYPER, step_with
 from ..speed.timing import Candidate, time_interleaved
 from .plasticity import run
+from .rank import FORMS
 from .report import Table, write
+from .runs import load
 
-FORMS = {"dense": None, "R = 64": 64, "R = 32": 32, "R = 16": 16}
 ALPHAS = (0.01, 0.1, 1.0, 10.0, 100.0)
 WIDTH, CLASSES = 512, 6
 SIZES = (128, 256, 512, 1024, 2048, 4096)
@@ -111,7 +112,7 @@ def tables(
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="an .npz; without it the built-in digits")
+    parser.add_argument("--data", default="digits", help='a file, or "digits" for the built-in data')
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--width", type=int, default=WIDTH)
@@ -121,9 +122,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
-    data = (mla_ext.load_npz(arguments.data) if arguments.data else mla_ext.digits()).standardized()
-    source = arguments.data.stem if arguments.data else "digits"
-    title = f"{source}, width {arguments.width}, {arguments.epochs} epochs, {arguments.seeds} seeds"
+    data = load(arguments.data, 0.0, 0)
+    title = f"{Path(arguments.data).stem}, width {arguments.width}, {arguments.epochs} epochs, {arguments.seeds} seeds"
     found = times(arguments.sizes, arguments.seconds)
     points = frontier(data, arguments.alphas, arguments.epochs, arguments.seeds, arguments.width)
     text = f"""{title}. Plasticity: how much of the head's gradient passes, the mean of ‖G P‖ / ‖G‖ over one more

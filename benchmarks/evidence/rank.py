@@ -15,7 +15,7 @@ import functools
 import json
 import statistics
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,13 @@ from mla_ext.multimodal.recipe import Settings
 
 from .. import RESULTS
 from .methods import ALPHA, METHODS, Setting, build_mla
+from .report import Table, interval, percent, write
 from .runs import Results, load, workers
 
 SCALED = 0.3
 WIDTHS = (128, 512)
-RANKS = (None, 64, 32, 16)
+FORMS = {"dense": None, "R = 64": 64, "R = 32": 32, "R = 16": 16}
+USUAL_ALPHA, SCALED_ALPHA = ALPHAS = (f"{ALPHA:g}", f"{SCALED:g} · mean ‖h̄‖²")
 EPOCHS = 20
 SAMPLES = 4000
 
@@ -125,9 +127,11 @@ class Study:
     def run(self, source: str, width: int, alpha: float | None, rank: int | None, seed: int) -> RankRun:
         return RankRun(source, width, alpha, rank, seed, self.epochs, self.samples)
 
-    def scaled(self, source: str, width: int) -> float:
-        """SCALED · mean ‖h̄‖² to two digits; `complete` has measured it."""
-        return float(f"{SCALED * self.results[self.run(source, width, None, None, 0)]['scale']:.2g}")
+    def alpha(self, source: str, width: int, name: str) -> float | None:
+        """SCALED · mean ‖h̄‖² has two digits; alternation with seed 0, which has none, has measured it."""
+        if name == SCALED_ALPHA:
+            return float(f"{SCALED * self.results[self.run(source, width, None, None, 0)]['scale']:.2g}")
+        return ALPHA if name == USUAL_ALPHA else None
 
     def complete(self, workers: int) -> None:
         """Seed by seed, so that a table of fewer seeds can be made before all are there."""
@@ -136,12 +140,99 @@ class Study:
             runs = [self.run(*pair, None, None, seed) for pair in pairs]
             self.results.complete(runs, f"seed {seed}, alternation alone", workers, execute)
             runs = [
-                self.run(*pair, alpha, rank, seed)
+                self.run(*pair, self.alpha(*pair, name), rank, seed)
                 for pair in pairs
-                for alpha in (ALPHA, self.scaled(*pair))
-                for rank in RANKS
+                for name in ALPHAS
+                for rank in FORMS.values()
             ]
             self.results.complete(runs, f"seed {seed}, projected", workers, execute)
+
+    def values(self, source: str, width: int, alpha: str, rank: int | None, *path: str) -> list[float]:
+        """A number of each seed's result, 0 where the run diverged. alpha "": alternation alone."""
+        runs = (self.run(source, width, self.alpha(source, width, alpha), rank, seed) for seed in range(self.seeds))
+        results = (self.results[run] for run in runs)
+        return [0.0 if "diverged" in found else functools.reduce(dict.__getitem__, path, found) for found in results]
+
+    def gain(self, width: int, alpha: str, rank: int | None, base: tuple[str, int | None], *path: str) -> Gain:
+        """How much better than `base`, an alpha and a rank at the same width; path: as in a result."""
+        over = {}
+        for source in self.sources:
+            ours = self.values(source, width, alpha, rank, *path)
+            others = self.values(source, width, *base, *path)
+            over[Path(source).stem] = [100 * (a - b) for a, b in zip(ours, others, strict=True)]
+        return Gain(over)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gain:
+    """Differences in points, paired by seed: {data set: one for each seed}."""
+
+    over: dict[str, list[float]]
+
+    def __str__(self) -> str:
+        """The mean over the data sets, with its 95 % interval over the seeds."""
+        by_seed = [statistics.mean(column) for column in zip(*self.over.values(), strict=True)]
+        low, high = interval(by_seed)
+        return f"{statistics.mean(by_seed):+.2f} [{low:+.2f}, {high:+.2f}]"
+
+    def worst(self) -> str:
+        """The data set that gains the least."""
+        mean, name = min((statistics.mean(differences), name) for name, differences in self.over.items())
+        return f"{mean:+.1f} {name}"
+
+
+def together(gains: Sequence[Gain]) -> Gain:
+    """The mean of several, data set by data set and seed by seed."""
+    return Gain(
+        {
+            name: [statistics.mean(values) for values in zip(*(gain.over[name] for gain in gains), strict=True)]
+            for name in gains[0].over
+        }
+    )
+
+
+def gains(study: Study, split: str, title: str, forms: Mapping[str, int | None], dense: bool) -> Table:
+    """Against dense P with the same alpha, or against alternation alone; then the mean of both values of alpha."""
+    measures = (("best", "fused"), ("last", "fused"), ("best", "alone"), ("last", "alone"))
+    rows = []
+    for width in WIDTHS:
+        for name, rank in forms.items():
+            found = {
+                alpha: [
+                    study.gain(width, alpha, rank, (alpha if dense else "", None), split, *measure)
+                    for measure in measures
+                ]
+                for alpha in ALPHAS
+            }
+            found["both"] = [together(pair) for pair in zip(*found.values(), strict=True)]
+            for alpha, (best, last, *alone) in found.items():
+                cells = [*map(str, (best, last, *alone)), best.worst(), last.worst()]
+                rows.append([str(width), name, alpha, *cells])
+    columns = ["width", "P", "alpha", "fused, best epoch", "fused, last epoch", "alone, best", "alone, last"]
+    return Table(title, [*columns, "worst, fused, best", "worst, fused, last"], rows)
+
+
+def by_data(study: Study, epoch: str) -> Table:
+    """Fused test accuracies of every data set."""
+    rows = []
+    for source in study.sources:
+        for width in WIDTHS:
+            alone = percent(study.values(source, width, "", None, "test", epoch, "fused"))
+            for alpha in ALPHAS:
+                cells = [percent(study.values(source, width, alpha, r, "test", epoch, "fused")) for r in FORMS.values()]
+                rows.append([Path(source).stem, str(width), f"{study.alpha(source, width, alpha):g}", alone, *cells])
+    return Table(f"Fused test accuracy, {epoch} epoch, %", ["data", "width", "alpha", "alternation", *FORMS], rows)
+
+
+def tables(study: Study) -> list[Table]:
+    reduced = {name: rank for name, rank in FORMS.items() if rank is not None}
+    return [
+        gains(study, "test", "Test accuracy minus that of dense P, points", reduced, dense=True),
+        gains(study, "validation", "Validation accuracy minus that of dense P, points", reduced, dense=True),
+        gains(study, "test", "Test accuracy minus that of alternation alone, points", FORMS, dense=False),
+        by_data(study, "best"),
+        by_data(study, "last"),
+    ]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -154,8 +245,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/rank.jsonl"), help="where results are kept")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args(argv)
-    study = Study(arguments.data, Results(arguments.runs), arguments.seeds, arguments.epochs, arguments.samples)
+    if arguments.seeds < 2:
+        parser.error(f"--seeds: expected at least 2, got {arguments.seeds}")
+    limits = (arguments.seeds, arguments.epochs, arguments.samples)
+    study = Study(arguments.data, Results(arguments.runs), *limits)
     study.complete(arguments.workers)
+    cut = [
+        f"{Path(source).stem} has {count}"
+        for source in arguments.data
+        if (count := len(load(source, 0.0, 0).indices("train"))) > arguments.samples
+    ]
+    text = f"""Settings of `mla-ext train`; {arguments.epochs} epochs, {arguments.seeds} seeds. alpha is {USUAL_ALPHA},
+    or {SCALED} times the mean of ‖h̄‖² over the steps of alternation alone with seed 0. Fused: by entropy; alone: the
+    mean of the single modalities. Best epoch: the one best on the validation split. A run that diverged counts as 0.
+    Gains are means over the data sets, paired by seed, with 95 % intervals over the seeds (Student's t); worst: the
+    data set that gains the least. rank="auto" is dense at width 128, and R = 64 at width 512. """
+    text += f"At most {arguments.samples} training samples are used: {', '.join(cut)}." if cut else ""
+    write(arguments.out / "rank", "The rank form against dense P", text, tables(study))
 
 
 if __name__ == "__main__":
