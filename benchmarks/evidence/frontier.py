@@ -78,10 +78,10 @@ def draw(
         line(left, [(interference, plasticity) for plasticity, interference, _ in points[name].values()], **style)
         line(right, [*found[name].items()], **style)
     for alpha, (plasticity, interference, _) in points["dense"].items():
-        place = {"textcoords": "offset points", "xytext": (8, -10), "fontsize": 8}
+        place = {"textcoords": "offset points", "xytext": (-8, -3), "ha": "right", "fontsize": 8}
         left.annotate(f"alpha {alpha:g}", (interference, plasticity), **place)
     ((plasticity, interference, _),) = points["plain SGD"].values()
-    left.plot(interference, plasticity, "s", color=COLORS[1], label="alternation alone")
+    left.plot(interference, plasticity, "s", color=COLORS[3], label="alternation alone")
     left.set(xlabel="interference with the other modalities", ylabel="plasticity", title=title)
     right.set(xlabel="s, features", ylabel="µs", title=f"one step of a head with {CLASSES} classes, one thread")
     for ax in (left, right):
