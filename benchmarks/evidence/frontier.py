@@ -86,7 +86,7 @@ def draw(
     right.set(xlabel="s, features", ylabel="µs", title=f"one step of a head with {CLASSES} classes, one thread")
     for ax in (left, right):
         ax.set(xscale="log", yscale="log")
-        ax.margins(0.12)
+        ax.margins(0.2 if ax is left else 0.12)
         ax.legend(fontsize=8, frameon=False)
     right.set_xticks([*found["dense"]], [str(s) for s in found["dense"]])
     right.minorticks_off()
