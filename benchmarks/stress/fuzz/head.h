@@ -8,7 +8,7 @@ namespace fuzz {
 struct Head {
   DType dtype, accumulate;
   int64_t C, s;
-  bool absorbs, has_momentum, is_first;
+  bool absorbs, has_momentum, first_step;
   Hyperparameters hyper;
   bool scalars_from_memory;
   float lr = 0, alpha = 0, found_inf = 0, grad_scale, steps;
@@ -21,7 +21,7 @@ struct Head {
         s(input.size(largest)),
         absorbs(input.below(8) != 0),
         has_momentum(input.flag()),
-        is_first(input.flag()) {
+        first_step(input.flag()) {
     precision = format_of(accumulate).precision();
     hyper.alpha = input.number({0.1, 1e-6, 1e-30, 1e6});
     hyper.forget = input.number({0, 1e-3, 1});
@@ -43,9 +43,9 @@ struct Head {
     }
     weight = numbers(input, dtype, C * s);
     grad = numbers(input, dtype, C * s);
-    if (has_momentum) momentum_buffer = is_first ? Array(accumulate, C * s) : numbers(input, accumulate, C * s);
+    if (has_momentum) momentum_buffer = first_step ? Array(accumulate, C * s) : numbers(input, accumulate, C * s);
     if (absorbs) feature_mean = numbers(input, accumulate, s);
-    steps = is_first ? 0 : 3;
+    steps = first_step ? 0 : 3;
   }
 
   HeadStep step(const mla_ext::Projection& P) {
@@ -62,7 +62,7 @@ struct Head {
 
   std::string words() const {
     return fuzz::words("C", C, "s", s, "dtype", int(dtype), "absorbs", absorbs, "before", hyper.absorb_before, "first",
-                       is_first, "normalize", hyper.normalize, "found_inf", found_inf, "alpha", hyper.alpha, "forget",
+                       first_step, "normalize", hyper.normalize, "found_inf", found_inf, "alpha", hyper.alpha, "forget",
                        hyper.forget, "lr", hyper.lr, "momentum", hyper.momentum);
   }
 
@@ -89,8 +89,8 @@ struct Head {
       const Bounded w{before.weight.get(at), 0}, g = z + decay * w;
       Bounded v = g;
       if (has_momentum) {
-        const Bounded old{is_first ? 0 : before.momentum_buffer.get(at), 0};
-        const Bounded b = is_first ? g : mu * old + undamped * g;
+        const Bounded old{first_step ? 0 : before.momentum_buffer.get(at), 0};
+        const Bounded b = first_step ? g : mu * old + undamped * g;
         check("momentum_buffer", momentum_buffer, at, b, accumulate);
         v = hyper.nesterov ? g + mu * b : b;
       }

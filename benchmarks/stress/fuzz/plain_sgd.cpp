@@ -40,7 +40,7 @@ void check_parameter(const PlainSgd& step, const Parameter& before, const Parame
     if (step.weight_decay != 0) d = multiply_add(step.fma, w, A(step.weight_decay), d);
     if (now.momentum_buffer.is_present()) {
       const volatile A kept = A(before.momentum_buffer.get(i)) * A(step.momentum);
-      const A b = step.is_first ? d : multiply_add<A>(step.fma, d, undamped, kept);
+      const A b = step.first_step ? d : multiply_add<A>(step.fma, d, undamped, kept);
       same("momentum_buffer", now.momentum_buffer, i, b);
       d = step.nesterov ? multiply_add(step.fma, b, A(step.momentum), d) : b;
     }
@@ -53,7 +53,7 @@ void check_parameter(const PlainSgd& step, const Parameter& before, const Parame
 void try_plain_sgd(Input& input) {
   const bool has_momentum = input.flag();
   PlainSgd step = {};
-  step.is_first = input.flag();
+  step.first_step = input.flag();
   step.nesterov = input.flag();
   step.maximize = input.flag();
   step.fma = input.flag();
@@ -69,7 +69,7 @@ void try_plain_sgd(Input& input) {
     const DType dtype = input.flag() ? DType::Float64 : DType::Float32;
     const int64_t size = input.size(5000) - 1;
     Parameter parameter{dtype, numbers(input, dtype, size), numbers(input, dtype, size), {}};
-    if (has_momentum) parameter.momentum_buffer = step.is_first ? Array(dtype, size) : numbers(input, dtype, size);
+    if (has_momentum) parameter.momentum_buffer = step.first_step ? Array(dtype, size) : numbers(input, dtype, size);
     parameters.push_back(parameter);
   }
   const std::vector<Parameter> before = parameters;
@@ -80,9 +80,10 @@ void try_plain_sgd(Input& input) {
     step.size += size;
   }
   step.tensors = tensors.data();
-  described = "plain_sgd " + words("parameters", step.count, "elements", step.size, "first", step.is_first, "nesterov",
-                                   step.nesterov, "maximize", step.maximize, "fma", step.fma, "scale", step.grad_scale,
-                                   "lr", step.lr, "momentum", step.momentum, "decay", step.weight_decay);
+  described =
+      "plain_sgd " + words("parameters", step.count, "elements", step.size, "first", step.first_step, "nesterov",
+                           step.nesterov, "maximize", step.maximize, "fma", step.fma, "scale", step.grad_scale, "lr",
+                           step.lr, "momentum", step.momentum, "decay", step.weight_decay);
   plain_sgd(step);
   for (size_t t = 0; t < parameters.size(); ++t) {
     const bool is_double = parameters[t].dtype == DType::Float64;

@@ -18,12 +18,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mla_ext import MultimodalData, ProjectedSGD, SharedHeadModel, _library, fit, load_npz, ops
 from mla_ext.multimodal import checkpoint
 from mla_ext.projection import Projection
 from mla_ext.reference import Hyperparameters, accumulate_dtype
+from mla_ext.step import HeadStep, PlainStep
 
 ERRORS = (TypeError, ValueError, OSError, RuntimeError)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -204,25 +205,42 @@ def call_optimizer(rng: random.Random, folder: Path) -> str:
     return _call(use, options, ("weight", "features", "grad"))
 
 
-def call_plain_sgd(rng: random.Random, folder: Path) -> str:
-    """The kernel for parameters without a projection. What it does not take it leaves as it was."""
-    dtype, has_momentum = rng.choice(DTYPES[:2]), rng.random() < 0.5
+def call_step(rng: random.Random, folder: Path) -> str:
+    """The one call for a whole step. Where it takes not all of it, everything stays as it was."""
+    dtype, s, C = rng.choice(DTYPES[:2]), rng.choice((1, 3, 8)), rng.choice((1, 2, 40))
+    momentum = rng.choice((0.0, 0.9))
+    hyper = Hyperparameters(lr=0.1, momentum=momentum, weight_decay=rng.choice((0.0, 0.1)), forget=rng.choice((0, 0.5)))
     shapes = [(rng.choice((0, 1, 7, 40000)),) for _ in range(rng.choice((0, 1, 3)))]
-    lists = [[_tensor(rng, shape, dtype) for shape in shapes] for _ in range(2 + has_momentum)]
-    if not has_momentum:
-        lists.append([])
-    if shapes and rng.random() < 0.4:
-        rng.choice(lists[: 2 + has_momentum])[0] = _anything(rng)
-    numbers = [rng.choice((0.1, 0.0, 1.0, 1e30)) if rng.random() < 0.9 else _number(rng) for _ in range(5)]
-    flags = [rng.random() < 0.5 for _ in range(4)]
-    values = [value for part in lists for value in part]
+    lists = [[_tensor(rng, shape, dtype) for shape in shapes] for _ in range(3)]
+    plain = PlainStep(*lists[:2], lists[2] if momentum else [], rng.random() < 0.5, hyper)
+    P = Projection.identity(s, rng.choice((None, 2, 5)), rng.choice((0, 4)), dtype, torch.device("cpu"))
+    weight, grad, buffer = (_tensor(rng, (C, s), dtype) for _ in range(3))
+    mean = _tensor(rng, (s,), dtype) if rng.random() < 0.8 else None
+    head = HeadStep(weight, grad, buffer if momentum else None, P, mean, torch.zeros(()), hyper)
+    owner: Any = rng.choice((plain, head, P))
+    name = rng.choice([*type(owner).__dataclass_fields__])
+    parts = [
+        weight,
+        grad,
+        buffer,
+        mean,
+        P.base,
+        P.beta,
+        P.rows,
+        P.count,
+        head.step,
+        *(t for part in lists for t in part),
+    ]
+    if rng.random() < 0.6:
+        spoiled = _anything(rng)
+        if isinstance(getattr(owner, name), list) and getattr(owner, name) and rng.random() < 0.7:
+            rng.choice((lists[0], lists[1]))[0] = spoiled
+        else:
+            setattr(owner, name, spoiled)
+        parts.append(spoiled)
+    values = [part for part in parts if isinstance(part, Tensor)]
     before = _bits(*values)
-    try:
-        done = _library.module.plain_sgd(
-            *lists, flags[0], *numbers[:4], *flags[1:3], numbers[4] if rng.random() < 0.5 else 1.0, flags[3]
-        )
-    except (TypeError, ValueError):
-        done = False
+    done = _library.module.step([plain], [head], rng.random() < 0.5)
     if not done:
         assert all(map(torch.equal, before, _bits(*values))), "what was refused has changed"
     return "returned" if done else "refused"
@@ -329,7 +347,7 @@ TARGETS = {
     "rls_update_": call_rls_update,
     "head_step_": call_head_step,
     "rank form": call_rank_step,
-    "plain_sgd": call_plain_sgd,
+    "step": call_step,
     "entropy_fusion": call_entropy_fusion,
     "ProjectedSGD": call_optimizer,
     "load_npz": read_npz,
