@@ -253,7 +253,7 @@ def absorb_kernel(
     program = tl.program_id(0)
     keep, rho = read_forget(forget, forget_tensor, dtype)
     absorbed = False
-    becomes_row = False
+    becomes_row = tl.full((), 0, tl.int1)
     root = tl.full((), 1.0, dtype)
     if k is not None:
         absorbed, becomes_row, root = new_row(dots, blocks, tl.load(beta), alpha, alpha_tensor, BLOCKS, dtype)
