@@ -8,7 +8,7 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check install --quiet --constraint $(CONSTRAINTS)
 NATIVE = $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test lint format bench evidence docs audit install-matrix fuzz faults numerics gpu-check clean
+.PHONY: demo test lint format bench evidence rank docs audit install-matrix fuzz faults numerics gpu-check clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/mla-ext demo
@@ -43,6 +43,12 @@ DATA ?= digits
 SEEDS ?= 5
 evidence: $(VENV)/.installed
 	$(RUN) -m benchmarks.evidence all --data $(DATA) --seeds $(SEEDS)
+
+# The rank form of P against the dense one on DATA, an hour on one core with six datasets; the picture is of the first.
+rank: $(VENV)/.installed
+	$(RUN) -m benchmarks.evidence.rank --data $(DATA) --seeds $(SEEDS)
+	$(RUN) -m benchmarks.evidence.kept --data $(DATA) --seeds $(SEEDS)
+	$(RUN) -m benchmarks.evidence.frontier --data $(firstword $(DATA))
 
 # The pages of docs/ with the docstrings, as build/site/index.html.
 docs: $(VENV)/.installed
