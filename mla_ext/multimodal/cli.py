@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -18,9 +17,10 @@ import torch
 
 from ..info import build_info
 from . import checkpoint, parallel
-from .data import MultimodalData, digits, load_npz
+from .data import MultimodalData, digits
 from .encoders import ENCODERS, WIDTHS
 from .evaluate import Report, evaluate
+from .files import load
 from .fit import CHECKPOINT, fit
 from .recipe import METHODS, Settings, build
 
@@ -141,14 +141,11 @@ def table(report: Report) -> str:
 
 def _load(source: str, settings: Settings) -> tuple[MultimodalData, dict[str, Any]]:
     """The data of a run, standardised with the statistics of its training split, and what tells it from other data."""
-    data = digits() if source == "digits" else load_npz(source)
-    checksum = hashlib.sha256()
-    for tensor in (data.labels, data.split, *data.features.values(), *data.rows.values()):
-        checksum.update(tensor.contiguous().numpy().data)
-    shapes = {m: list(data.features[m].shape[1:]) for m in data.modalities}
+    data = digits() if source == "digits" else load(source)
+    described = {"shapes": {m: list(data.shape(m)) for m in data.modalities}, "checksum": data.checksum()}
     if settings.missing:
         data = data.with_missing(settings.missing, settings.seed)
-    return data.standardized(), {"shapes": shapes, "checksum": checksum.hexdigest()}
+    return data.standardized(), described
 
 
 def _config(settings: Settings) -> dict[str, Any]:
