@@ -46,7 +46,12 @@ def demo(out: Path = Path("."), epochs: int = 20, seed: int = 0, progress: bool 
         model, optimizer = build(data, settings)
         start = time.perf_counter()
         with _one_thread():
-            options = {"epochs": epochs, "batch_size": settings.batch_size, "seed": seed, "device": device}
+            options: dict[str, Any] = {
+                "epochs": epochs,
+                "batch_size": settings.batch_size,
+                "seed": seed,
+                "device": device,
+            }
             histories[method] = fit(model, optimizer, data, **options, progress=progress)
             reports[method] = evaluate(model, data, "test")
         seconds[method] = time.perf_counter() - start
