@@ -31,9 +31,10 @@ def test_a_folder_holds_what_an_archive_holds(tmp_path):
     assert mla_ext.load_folder is load_folder and mla_ext.load_npz is load_npz
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in LIES if name not in ("x NaN", "x infinite") and "float32" not in name]
-)
+FOUND_LATER = {"x NaN", "x infinite", "x beyond float32", "x beyond float32, longdouble"}
+
+
+@pytest.mark.parametrize("name", [name for name in LIES if name not in FOUND_LATER])
 def test_a_folder_is_refused_for_the_same_reasons(tmp_path, name):
     """But for numbers that are not finite, which are found when they are read."""
     lie, message = LIES[name]
@@ -46,7 +47,7 @@ def test_a_folder_is_refused_for_the_same_reasons(tmp_path, name):
 
 
 def test_what_is_no_folder_of_data(tmp_path):
-    with pytest.raises(OSError, match="none: expected a folder of .npy files"):
+    with pytest.raises(OSError, match=r"none: expected a folder of \.npy files"):
         load_folder(tmp_path / "none")
     with pytest.raises(ValueError, match=r"modalities: missing, the keys are \[\]"):
         load(tmp_path)
@@ -63,5 +64,5 @@ def test_what_is_no_folder_of_data(tmp_path):
 def test_a_name_cannot_lead_out_of_the_folder(tmp_path):
     save_folder(tmp_path / "x_", {"b": np.zeros((12, 2))})
     arrays = contents() | {"modalities": np.array(["a", "/../../x_/b"])}
-    with pytest.raises(ValueError, match="x_/../../x_/b: missing"):
+    with pytest.raises(ValueError, match=r"x_/\.\./\.\./x_/b: missing"):
         load_folder(save_folder(tmp_path / "a", arrays))

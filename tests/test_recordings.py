@@ -136,7 +136,7 @@ def test_what_cannot_be_recordings_is_refused(features, message):
 
 def test_a_mapped_array_of_something_else_is_refused(tmp_path):
     for array in (np.zeros(N), np.zeros((N, 2), complex), np.full((N, 2), "x")):
-        with pytest.raises(ValueError, match="x_a: has type memmap.* expected numbers of shape"):
+        with pytest.raises(ValueError, match=r"x_a: has type memmap.* expected numbers of shape"):
             make(map_to(tmp_path / "a.npy", array))
 
 
