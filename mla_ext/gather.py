@@ -3,32 +3,92 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
-from . import backends, checks, head_state
+from . import backends, checks, head_state, ops
 from .backends import Backend
 from .observation import average_over_ranks
-from .plain import check_plain_step
+from .plain import check_plain_step, plain_step
 from .reference import Hyperparameters, accumulate_dtype
 from .sharding import local_shards
-from .step import HeadStep
+from .step import HeadStep, PlainStep
 
 if TYPE_CHECKING:
     from .optimizer import ProjectedSGD
 
-__all__ = ["HYPERPARAMETERS", "Gatherer"]
+__all__ = ["HYPERPARAMETERS", "Gathered", "Gatherer"]
 
 HYPERPARAMETERS = tuple(Hyperparameters.__dataclass_fields__)
+MAY_CHANGE = {"lr", "alpha"}  # and a head's checked step still holds: what schedulers write
+NO_STATE: Mapping[str, Any] = {}
 
 
 @dataclass(slots=True)
 class Gathered:
-    """A step that was checked, and whose it was. The next one needs a look at the gradient only, if `holds`."""
+    """All steps of an optimizer's step: the plain parameters of each group, and every head with its backend."""
+
+    plain: list[tuple[dict[str, Any], PlainStep]]
+    heads: list[tuple[HeadStep, Backend]]
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+
+    def run_at_once(self, name: str) -> bool:
+        """Whether the backend of this name made all steps in one call. If not, nothing has changed."""
+        if self.found_inf is not None or self.grad_scale is not None or torch.compiler.is_compiling():
+            return False
+        plain = [step for _, step in self.plain if step.params]
+        heads = [step for step, _ in self.heads]
+        moved = [param for step in plain for param in step.params] + [step.weight for step in heads]
+        if not moved or any(group["foreach"] or group["fused"] for group, _ in self.plain):
+            return False
+        backend = self.heads[0][1] if heads else backends.choose(name, moved[0].device)
+        if any(other is not backend for _, other in self.heads) or not backend.step_(plain, heads):
+            return False
+        increment_version(moved)  # as any in-place op does; what autograd saved is then known to be stale
+        return True
+
+    def check(self, states: Mapping[Tensor, dict[str, Any]]) -> None:
+        """Raises what would make one of the steps fail halfway."""
+        for group, step in self.plain:
+            check_plain_step(states, group, step.params)
+        for head, _ in self.heads:
+            checks.check_tensor("grad", head.grad, head.weight.shape, (head.weight.dtype,), head.weight.device)
+            checks.check_scaling(head.grad_scale, head.found_inf, head.weight.device)
+
+    def run(self, states: dict[Tensor, dict[str, Any]]) -> None:
+        """Makes the steps one by one."""
+        for group, step in self.plain:
+            plain_step(states, group, step.params, self.grad_scale, self.found_inf)
+        for head, backend in self.heads:
+            ops.run_head_step_(head, backend)
+
+
+@dataclass(slots=True)
+class Part:
+    """The parameters of a group, with the states they had when they were told apart."""
+
+    params: list[Tensor]
+    plain: list[tuple[Tensor, Mapping[str, Any]]]
+    heads: list[Tensor]
+
+    def holds(self, group: dict[str, Any]) -> bool:
+        """Whether they are still those of `group`, and no projection has been put into a plain one's state."""
+        return _are_same(group["params"], self.params) and not any(
+            len(state) > 1 and head_state.has_projection(state)  # it has a momentum buffer at most
+            for _, state in self.plain
+        )
+
+
+@dataclass(slots=True)
+class Checked:
+    """A head's step that was checked, and whose it was. The next one needs a look at the gradient only, if `holds`."""
 
     step: HeadStep
     backend: Backend
@@ -38,48 +98,57 @@ class Gathered:
 
     def holds(self, weight: Tensor, state: dict[str, Any], hyper: Hyperparameters, backend: str) -> bool:
         """Whether the weight lies where it lay, state and hyperparameters are the same, and so is `backend`."""
-        return (
-            self.step.hyper is hyper
-            and self.name == backend
-            and len(state) == len(self.state)
-            and all(map(operator.is_, state.values(), self.state))
-            and self.place == _place(weight)
-        )
+        if not (self.name == backend and _are_same(state.values(), self.state) and self.place == _place(weight)):
+            return False
+        if self.step.hyper is not hyper:
+            names = (name for name in HYPERPARAMETERS if name not in MAY_CHANGE)
+            if any(getattr(hyper, name) is not getattr(self.step.hyper, name) for name in names):
+                return False
+            self.step.hyper = hyper
+        return True
 
 
 def _place(weight: Tensor) -> tuple[Any, ...]:
     return weight.data_ptr(), weight.dtype, weight.device, weight.shape, weight.stride()
 
 
+def _are_same(objects: Iterable[Any], kept: list[Any]) -> bool:
+    """Whether they are the very same objects: without a look into them, and without the hash of a tensor."""
+    objects = [*objects]
+    return len(objects) == len(kept) and all(map(operator.is_, objects, kept))
+
+
 class Gatherer:
-    """Gathers the steps of an optimizer, and keeps what it has checked for the next time."""
+    """Gathers the steps of an optimizer, and keeps what it has found out for the next time."""
 
     def __init__(self) -> None:
         self.hypers: dict[int, tuple[list[Any], Hyperparameters]] = {}
-        self.heads: dict[Tensor, Gathered] = {}
+        self.heads: dict[Tensor, Checked] = {}
+        self.parts: list[Part] = []
+        self.states: list[Any] = []
+        self.attached = 0
 
     def __reduce__(self) -> tuple[type[Gatherer], tuple[()]]:
         return Gatherer, ()  # a copy checks anew
 
-    def gather(
-        self, optimizer: ProjectedSGD, grad_scale: Tensor | None, found_inf: Tensor | None
-    ) -> tuple[list[tuple[HeadStep, Backend]], list[tuple[dict[str, Any], list[Tensor]]]]:
-        """Every head's checked step and its backend, and the plain parameters of each group."""
+    def gather(self, optimizer: ProjectedSGD, grad_scale: Tensor | None, found_inf: Tensor | None) -> Gathered:
+        """Every head's step and its backend, and the plain step of each group. Heads are checked but for their grad."""
         states, attached = optimizer.state, optimizer._attached
+        plain: list[tuple[dict[str, Any], PlainStep]] = []
         heads: list[tuple[dict[str, Any], Hyperparameters, Tensor]] = []
-        plain: list[tuple[dict[str, Any], list[Tensor]]] = []
-        for index, group in enumerate(optimizer.param_groups):
+        for index, (group, part) in enumerate(zip(optimizer.param_groups, self.tell_apart(optimizer), strict=True)):
             hyper = self.hyper(index, group)
-            params: list[Tensor] = []
-            for param in group["params"]:
-                if param.grad is None:
-                    continue
-                if param in attached or head_state.has_projection(states.get(param, {})):
-                    heads.append((group, hyper, param))
-                else:
-                    params.append(param)
-            check_plain_step(states, group, params)
-            plain.append((group, params))
+            step = PlainStep([], [], [], False, hyper)
+            has_momentum = checks.has_momentum(hyper.momentum)
+            for param, state in part.plain:
+                grad = param.grad
+                if grad is not None:
+                    step.params.append(param)
+                    step.grads.append(grad)
+                    if has_momentum:
+                        step.momentum_buffers.append(state.get("momentum_buffer"))
+            plain.append((group, step))
+            heads += [(group, hyper, weight) for weight in part.heads if weight.grad is not None]
 
         observations = [optimizer._observed.get(weight) for *_, weight in heads]
         means = [None if observation is None else observation.mean for observation in observations]
@@ -87,30 +156,55 @@ class Gatherer:
         if heads and not isinstance(ranks, str) and dist.is_available() and dist.is_initialized():
             means = [*average_over_ranks(observations, [weight for *_, weight in heads], ranks)]
 
-        scaling = grad_scale, found_inf
         steps = [
-            self.head_step(weight, states[weight], group, hyper, mean, scaling, optimizer.backend)
+            self.head_step(weight, states[weight], group, hyper, mean, (grad_scale, found_inf), optimizer.backend)
             for (group, hyper, weight), mean in zip(heads, means, strict=True)
         ]
-        if not torch.compiler.is_compiling():
-            for (*_, weight), mean in zip(heads, means, strict=True):
-                reference = None if mean is not None else attached.get(weight)
+        for (*_, weight), mean in zip(heads, means, strict=True):
+            if mean is None and not torch.compiler.is_compiling():
+                reference = attached.get(weight)
                 recorder = None if reference is None else reference()
                 if recorder is not None:  # else fed by hand, or the handle was removed
                     recorder.starve()
-        return steps, plain
+        return Gathered(plain, steps, grad_scale, found_inf)
+
+    def tell_apart(self, optimizer: ProjectedSGD) -> list[Part]:
+        """The plain parameters and the heads of each group."""
+        states, attached, groups = optimizer.state, optimizer._attached, optimizer.param_groups
+        if (
+            len(groups) == len(self.parts)
+            and len(attached) == self.attached
+            and _are_same(states.values(), self.states)
+            and all(map(Part.holds, self.parts, groups))
+        ):
+            return self.parts
+        parts = []
+        for group in groups:
+            part = Part([*group["params"]], [], [])
+            for param in part.params:
+                state = states.get(param, NO_STATE)
+                if param in attached or head_state.has_projection(state):
+                    part.heads.append(param)
+                else:
+                    part.plain.append((param, state))
+            parts.append(part)
+        if any(part.heads for part in parts):  # torch.distributed.checkpoint then asks for the state of all others too
+            for part in parts:
+                part.plain = [(param, states[param]) for param, _ in part.plain]
+        if not torch.compiler.is_compiling():
+            self.parts, self.states, self.attached = parts, [*states.values()], len(attached)
+        return parts
 
     def hyper(self, index: int, group: dict[str, Any]) -> Hyperparameters:
         """The group's hyperparameters, checked anew when one of them is another object than at the last step."""
-        values = [group[name] for name in HYPERPARAMETERS]
-        if torch.compiler.is_compiling():  # where a check would compile the numbers in
-            return Hyperparameters(*values)
         known = self.hypers.get(index)
-        if known is None or not all(map(operator.is_, values, known[0])):
-            hyper = Hyperparameters(*values)
+        if known is not None and _are_same(group.values(), known[0]):
+            return known[1]
+        hyper = Hyperparameters(*(group[name] for name in HYPERPARAMETERS))
+        if not torch.compiler.is_compiling():  # where a check would compile the numbers in
             checks.check_hyperparameters(hyper)
-            known = self.hypers[index] = values, hyper
-        return known[1]
+            self.hypers[index] = [*group.values()], hyper
+        return hyper
 
     def head_step(
         self,
@@ -130,8 +224,6 @@ class Gatherer:
             mean = mean.to(weight.device, dtype)
         last = self.heads.get(weight)
         if last is not None and last.holds(weight, state, hyper, backend):
-            checks.check_tensor("grad", grad, weight.shape, (weight.dtype,), weight.device)
-            checks.check_scaling(*scaling, weight.device)
             same = last.step
             step = HeadStep(weight, grad, same.momentum_buffer, same.projection, mean, same.step, hyper, *scaling)
             return step, last.backend
@@ -146,5 +238,5 @@ class Gatherer:
         checks.check_head_step(step)
         if type(weight) is nn.Parameter and not torch.compiler.is_compiling() and weight.device.type != "meta":
             nothing = HeadStep(W, W, M, P, None, count, hyper)  # keeps no gradient and no mean alive
-            self.heads[weight] = Gathered(nothing, chosen, backend, [*state.values()], _place(weight))
+            self.heads[weight] = Checked(nothing, chosen, backend, [*state.values()], _place(weight))
         return step, chosen

@@ -6,6 +6,7 @@ float64 weights. "step": the updates that the momentum buffer has seen.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from numbers import Real
 from typing import Any
 
@@ -23,7 +24,7 @@ PARTS = ("base", "beta", "rows", "count")
 BEFORE_0_2 = "projection"  # what "base" was called, when it was the whole of P
 
 
-def has_projection(state: dict[str, Any]) -> bool:
+def has_projection(state: Mapping[str, Any]) -> bool:
     return "base" in state or "beta" in state or BEFORE_0_2 in state
 
 

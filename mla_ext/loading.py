@@ -2,15 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
-from typing import Any
+from collections.abc import Callable, MutableMapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from . import backends, head_state
 
-__all__ = ["is_new", "read", "restore"]
+if TYPE_CHECKING:
+    from .optimizer import ProjectedSGD
+
+__all__ = ["load"]
+
+
+def load(optimizer: ProjectedSGD, torchs: Callable[[dict[str, Any]], None], state_dict: dict[str, Any]) -> bool:
+    """Load `state_dict` by torch's own method, and each P as its saved form says.
+
+    Returns whether it is of an optimizer that has not stepped yet. Raises ValueError for a projection that does not
+    fit its weight.
+    """
+    groups = optimizer.param_groups
+    kept = [{n: group[n] for n in ("lr", "alpha") if isinstance(group[n], Tensor)} for group in groups]
+    saved: dict[Tensor, dict[str, Any]] = {}
+    was_new = False
+
+    def before(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        nonlocal was_new
+        was_new = is_new(state_dict)
+        state_dict, of_params = read(groups, state_dict)
+        saved.update(of_params)
+        return state_dict
+
+    def after(loaded: Optimizer) -> None:
+        for group, tensors in zip(loaded.param_groups, kept, strict=True):
+            for name, tensor in tensors.items():  # captured graphs know these tensors, not new ones
+                group[name] = tensor.copy_(torch.as_tensor(group[name]).reshape(tensor.shape))
+            for param in group["params"]:
+                restore(loaded.state, param, saved.get(param, {}), group, optimizer.backend)
+
+    # Between the user's hooks: those before see what torch's do, and those after see the state as it is kept.
+    hooks = (
+        optimizer.register_load_state_dict_pre_hook(before),
+        optimizer.register_load_state_dict_post_hook(after, prepend=True),
+    )
+    try:
+        torchs(state_dict)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return was_new
 
 
 def is_new(state_dict: dict[str, Any]) -> bool:

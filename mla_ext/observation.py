@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import backends
+from .backends import Backend
 from .reference import accumulate_dtype
 
 __all__ = ["Observation", "average_over_ranks", "observe"]
@@ -20,6 +21,12 @@ class Observation:
 
     mean: Tensor
     count: int
+    backend: Backend
+
+    def renewed(self, features: Tensor) -> Observation | None:
+        """The observation of another batch (..., s), unchecked, in the memory of this one; None if it cannot be had."""
+        count = self.backend.feature_mean_(features, self.mean)
+        return Observation(self.mean, count, self.backend) if count else None
 
     def add(self, other: Observation) -> None:
         self.count += other.count
@@ -28,8 +35,9 @@ class Observation:
 
 def observe(features: Tensor, dtype: torch.dtype, backend: str) -> Observation:
     """The observation of one batch (N, s), which is checked already; its mean in `dtype`."""
-    mean = backends.choose(backend, features.device).feature_mean(features.detach().contiguous())
-    return Observation(mean.to(dtype), len(features))
+    chosen = backends.choose(backend, features.device)
+    mean = chosen.feature_mean(features.detach().contiguous())
+    return Observation(mean.to(dtype), len(features), chosen)
 
 
 def average_over_ranks(

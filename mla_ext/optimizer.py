@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from . import backends, checks, head_state, loading, ops
+from . import backends, checks, head_state, loading
 from .gather import HYPERPARAMETERS, Gatherer
 from .observation import Observation, observe
-from .plain import plain_step
 from .recording import Link, Recorder
 from .reference import Hyperparameters, accumulate_dtype
 from .sharding import check_ranks, check_sharding
+from .watching import watchable
 
 __all__ = ["ProjectedSGD"]
 
@@ -162,6 +162,7 @@ class ProjectedSGD(Optimizer):
             if P is not None:
                 backends.choose(self.backend, state["step"].device).settle_(P)
 
+    @watchable
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of every parameter that has a gradient; returns the closure's loss, if there is one."""
@@ -176,20 +177,14 @@ class ProjectedSGD(Optimizer):
             if closure is not None:
                 with torch.enable_grad():
                     loss = closure()
-            head_steps, plain_groups = self._gatherer.gather(self, grad_scale, found_inf)
+            steps = self._gatherer.gather(self, grad_scale, found_inf)
         finally:
             # Even if the step fails: features of a batch that was given up must not meet the next gradient. In place,
             # since torch.compile drops the assignment of an optimizer's attribute.
             self._observed.clear()
-        for group, params in plain_groups:
-            if params:
-                plain_step(self.state, group, params, grad_scale, found_inf)
-        for head_step, backend in head_steps:
-            ops.run_head_step_(head_step, backend)
-        if head_steps:  # torch.distributed.checkpoint asks for the state of every parameter if it finds any
-            for _, params in plain_groups:
-                for param in params:
-                    self.state[param]
+        if not steps.run_at_once(self.backend):
+            steps.check(self.state)
+            steps.run(self.state)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -198,36 +193,8 @@ class ProjectedSGD(Optimizer):
         `rank` decides the form of P: a checkpoint of a dense P loads into the rank form, and the other way; with "auto"
         P keeps the form it was saved in. Raises ValueError for a projection that does not fit its weight.
         """
-        kept = [{n: group[n] for n in ("lr", "alpha") if isinstance(group[n], Tensor)} for group in self.param_groups]
-        saved: dict[Tensor, dict[str, Any]] = {}
-        is_new = False
-
-        def read(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-            nonlocal is_new
-            is_new = loading.is_new(state_dict)
-            state_dict, of_params = loading.read(self.param_groups, state_dict)
-            saved.update(of_params)
-            return state_dict
-
-        def restore(optimizer: Optimizer) -> None:
-            for group, tensors in zip(self.param_groups, kept, strict=True):
-                for name, tensor in tensors.items():  # captured graphs know these tensors, not new ones
-                    group[name] = tensor.copy_(torch.as_tensor(group[name]).reshape(tensor.shape))
-            self._observed.clear()
-            for group in self.param_groups:
-                for param in group["params"]:
-                    loading.restore(self.state, param, saved.get(param, {}), group, self.backend)
-
-        # Between the user's hooks: those before see what torch's do, and those after see the state as it is kept.
-        hooks = (
-            self.register_load_state_dict_pre_hook(read),
-            self.register_load_state_dict_post_hook(restore, prepend=True),
-        )
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        is_new = loading.load(self, super().load_state_dict, state_dict)
+        self._observed.clear()
         self._has_loaded = True
         for weight in () if is_new else self._attached:
             self._warn_of_identity(weight, stacklevel=3)
@@ -264,11 +231,12 @@ class ProjectedSGD(Optimizer):
         if self._has_loaded:
             self._warn_of_identity(weight, stacklevel=4)
 
-    def _record(self, weight: Tensor, features: Tensor) -> None:
+    def _record(self, weight: Tensor, features: Tensor) -> Observation:
         new = observe(features, accumulate_dtype(weight.dtype), self.backend)
         observation = self._observed.setdefault(weight, new)
         if observation is not new:
             observation.add(new)
+        return observation
 
     def _warn_of_identity(self, weight: Tensor, stacklevel: int) -> None:
         if not head_state.has_projection(self.state.get(weight, {})):

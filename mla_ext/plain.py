@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping
-from functools import cache
 from typing import Any
 
 import torch
@@ -11,12 +10,14 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.optim.sgd import sgd
 
-from . import _library
-from .checks import describe
+from . import backends
+from .checks import describe, has_momentum
+from .reference import Hyperparameters
+from .step import PlainStep
 
 __all__ = ["check_plain_step", "plain_step"]
 
-_kernel = getattr(_library.module, "plain_sgd", None)
+OPTIONS = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
 
 
 def plain_step(
@@ -41,32 +42,34 @@ def plain_step(
     """
     if not params:
         return
-    buffers = [state.get(param, {}).get("momentum_buffer") for param in params] if _has_momentum(group) else []
+    buffers = (
+        [state.get(param, {}).get("momentum_buffer") for param in params] if has_momentum(group["momentum"]) else []
+    )
     grads: list[Any] = [param.grad for param in params]
     fused = _takes_fused(group, params, grads, found_inf is not None)
     is_new = [buffer is None for buffer in buffers]
-    is_first = any(is_new)
-    if is_first and not all(is_new) and (fused or not group["foreach"]):  # foreach has a way of its own for a mixture
+    first_step = any(is_new)
+    if first_step and not all(is_new) and (fused or not group["foreach"]):  # foreach has a way of its own for a mixture
         for new in (False, True):
             some = [param for param, its in zip(params, is_new, strict=True) if its is new]
             plain_step(state, group, some, grad_scale, found_inf)
         return
 
     # Nobody waits for a GPU, except where the fused kernel would leave new buffers uninitialised.
-    if found_inf is not None and (is_first or not fused) and found_inf.item():
+    if found_inf is not None and (first_step or not fused) and found_inf.item():
         return
     if fused:
         _step_by_torch(group, params, grads, buffers, True, grad_scale, found_inf)
     else:
         scale = 1.0 if grad_scale is None else grad_scale.item()
-        if not _step_in_kernel(group, params, grads, buffers, is_first, scale):
+        if not _step_in_kernel(group, params, grads, buffers, first_step, scale):
             if scale != 1:
                 grads = [grad / scale for grad in grads]
             _step_by_torch(group, params, grads, buffers, False, None, None)
             if scale != 1:
                 for param, grad in zip(params, grads, strict=True):
                     param.grad = grad
-    if is_first:
+    if first_step:
         for param, buffer in zip(params, buffers, strict=True):
             state[param]["momentum_buffer"] = buffer
 
@@ -77,7 +80,7 @@ def check_plain_step(state: Mapping[Tensor, dict[str, Any]], group: dict[str, An
         if param.grad is not None and param.grad.is_sparse:
             what = describe(param.grad)
             raise TypeError(f"grad: expected a dense tensor with weight_decay or fused=True, got {what}")
-    for param in params if _has_momentum(group) else ():
+    for param in params if has_momentum(group["momentum"]) else ():
         buffer = state.get(param, {}).get("momentum_buffer")
         if buffer is not None and (buffer.shape != param.shape or buffer.device != param.device):
             raise ValueError(f"momentum_buffer: expected one for {describe(param)}, got {describe(buffer)}")
@@ -100,32 +103,21 @@ def _step_in_kernel(
     params: list[Tensor],
     grads: list[Tensor],
     buffers: list[Tensor | None],
-    is_first: bool,
+    first_step: bool,
     scale: float,
 ) -> bool:
     """Makes the step in the compiled kernel. False, and nothing has changed, where that cannot.
 
     Fills `buffers` in the first step.
     """
-    if _kernel is None or group["foreach"] or torch.compiler.is_compiling() or (fma := _add_is_fma()) is None:
+    if group["foreach"] or torch.compiler.is_compiling():
         return False
-    new_buffers = [torch.empty_like(param) for param in params] if is_first else buffers
-    increment_version(params)  # as any in-place op does; what autograd saved is then known to be stale
-    done: bool = _kernel(
-        params,
-        grads,
-        new_buffers,
-        is_first,
-        group["lr"],
-        group["momentum"],
-        group["dampening"],
-        group["weight_decay"],
-        group["nesterov"],
-        group["maximize"],
-        scale,
-        fma,
-    )
+    new_buffers: list[Tensor | None] = [*map(torch.empty_like, params)] if first_step else buffers
+    hyper = Hyperparameters(*(group[name] for name in OPTIONS))
+    step = PlainStep(params, grads, new_buffers, first_step, hyper, scale)
+    done = backends.choose("auto", params[0].device).step_([step], [])
     if done:
+        increment_version(params)  # as any in-place op does; what autograd saved is then known to be stale
         buffers[:] = new_buffers
     return done
 
@@ -155,18 +147,3 @@ def _step_by_torch(
         nesterov=group["nesterov"],
         maximize=group["maximize"],
     )
-
-
-@cache
-def _add_is_fma() -> bool | None:
-    """Whether torch.add(c, a, alpha=b) rounds a·b + c once on this CPU; None if it differs from element to element."""
-    found = set()
-    for dtype, h in ((torch.float32, 2.0**-13), (torch.float64, 2.0**-27)):
-        a = torch.full((67,), 1 + h, dtype=dtype, device="cpu")
-        square = torch.full_like(a, 1 + 2 * h)  # (1 + h)², rounded
-        found |= {rest == h * h for rest in torch.add(-square, a, alpha=1 + h).tolist()}
-    return found.pop() if len(found) == 1 else None
-
-
-def _has_momentum(group: dict[str, Any]) -> bool:
-    return isinstance(group["momentum"], Tensor) or group["momentum"] != 0

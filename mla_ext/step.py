@@ -1,4 +1,4 @@
-"""One step of a shared head, as data: what goes whole from the optimizer through the op layer to a backend."""
+"""The steps of an optimizer, as data: what goes whole from the optimizer through the op layer to a backend."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from .projection import Projection
 from .reference import Hyperparameters
 
-__all__ = ["HeadStep"]
+__all__ = ["HeadStep", "PlainStep"]
 
 
 @dataclass(slots=True)
@@ -30,3 +30,19 @@ class HeadStep:
     hyper: Hyperparameters
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
+
+
+@dataclass(slots=True)
+class PlainStep:
+    """torch.optim.SGD's step of the parameters of one group that have no projection; in place.
+
+    params, and of the same shapes grads and, with momentum, momentum_buffers. first_step: the momentum buffers start as
+    the gradients. grad_scale divides the gradients, in place.
+    """
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    momentum_buffers: list[Tensor | None]
+    first_step: bool
+    hyper: Hyperparameters
+    grad_scale: float = 1.0

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,9 @@ import torch
 from torch import nn
 
 from mla_ext import ProjectedSGD, _library, plain
+from mla_ext.backends import cpu
+from mla_ext.reference import Hyperparameters
+from mla_ext.step import PlainStep
 
 needs_kernel = pytest.mark.skipif(_library.load_error is not None, reason="nothing is compiled")
 SHAPES = [(1,), (7,), (), (15,), (16,), (17,), (3, 0), (33,), (513,), (3, 5, 7), (4097,), (70001,)]
@@ -472,7 +476,7 @@ def test_autograd_knows_that_weights_changed(only_kernel):
 @needs_kernel
 def test_an_addition_whose_roundings_differ(calls, monkeypatch):
     """Then no build of the kernel has PyTorch's bits."""
-    monkeypatch.setattr(plain, "_add_is_fma", lambda: None)
+    monkeypatch.setattr(cpu, "add_is_fma", lambda: None)
     twins = Twins([randn(5)], momentum=0.9)
     twins.step([randn(5)])
     twins.check()
@@ -481,28 +485,30 @@ def test_an_addition_whose_roundings_differ(calls, monkeypatch):
 
 @needs_kernel
 def test_bad_arguments_of_the_kernel():
-    kernel, rest = _library.module.plain_sgd, (False, 0.1, 0.9, 0.0, 0.0, False, False, 1.0, True)
+    kernel = _library.module.step
     weight = torch.ones(3, device="cpu")
     grad, buffer = weight.clone(), weight.clone()
-    with pytest.raises(TypeError, match="expected 12 arguments, got 1"):
-        kernel([weight])
-    with pytest.raises(TypeError, match="grads: expected a list, got tuple"):
-        kernel([weight], (grad,), [], *rest)
-    with pytest.raises(ValueError, match="grads: expected one for each parameter, got 0 for 1"):
-        kernel([weight], [], [], *rest)
-    with pytest.raises(ValueError, match="momentum_buffers: expected one for each parameter, got 2 for 1"):
-        kernel([weight], [grad], [buffer, buffer], *rest)
-    good = ([weight], [grad], [buffer], *rest)
+    with pytest.raises(TypeError, match="expected 3 arguments, got 1"):
+        kernel([])
+    with pytest.raises(TypeError, match="plain: expected a list, got tuple"):
+        kernel((), [], True)
+    with pytest.raises(TypeError, match="heads: expected a list, got NoneType"):
+        kernel([], None, True)
+    hyper = Hyperparameters(lr=0.1, momentum=0.9)
+    good = PlainStep([weight], [grad], [buffer], False, hyper)
     bad = {
-        0: [[None], [3], ["w"], [weight.double()], [torch.ones(3, device="meta")]],
-        1: [[None], [torch.ones(4)], [torch.ones(3, 1)], [grad.double()], [grad.int()]],
-        2: [[None], [torch.ones(2)], [buffer.half()]],
-        4: ["0.1", None, torch.tensor(0.1), 10**400],
-        10: [None],
+        "params": [[None], [3], ["w"], [weight.double()], [torch.ones(3, device="meta")], [], (weight,), None],
+        "grads": [[None], [torch.ones(4)], [torch.ones(3, 1)], [grad.double()], [grad.int()], [], [grad, grad]],
+        "momentum_buffers": [[None], [torch.ones(2)], [buffer.half()], [], [buffer, buffer]],
+        "first_step": [None, 1],
+        "grad_scale": [None, "1"],
+        "hyper": [None, *(replace(hyper, lr=lr) for lr in ("0.1", None, torch.tensor(0.1), 10**400))],
     }
-    for place, values in bad.items():
+    for name, values in bad.items():
         for value in values:
-            assert kernel(*good[:place], value, *good[place + 1 :]) is False
+            assert kernel([replace(good, **{name: value})], [], True) is False
+            assert kernel([good, replace(good, **{name: value})], [], True) is False
+    assert kernel([object()], [], True) is kernel([], [object()], True) is False
     assert all(torch.equal(t, torch.ones(3)) for t in (weight, grad, buffer))
-    assert kernel(*good) is True
+    assert kernel([good], [], True) is True
     assert not torch.equal(weight, torch.ones(3))

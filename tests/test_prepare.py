@@ -567,18 +567,17 @@ def test_lines_that_are_not_as_expected(tmp_path, capsys):
         MAKERS[name](root)
     tone(roots["crema-d"] / "AudioWAV" / "noise.wav")
     assert "noise.wav: expected a name like 1001_DFA_ANG_XX.wav" in error(capsys, "crema-d", roots["crema-d"])
-    write(roots["crema-d"] / "train.csv", "1001_DFA_NEU_XX")
-    assert "test.csv: expected this file" in error(capsys, "crema-d", roots["crema-d"])
-    write(roots["crema-d"] / "test.csv", "1001_DFA_NEU_XX,NEU")
-    assert "train.csv: expected rows of clip and emotion" in error(capsys, "crema-d", roots["crema-d"])
-    write(roots["crema-d"] / "train.csv", "1001_DFA_NEU_XX,NEU")
-    assert "1001_DFA_NEU_XX: comes twice" in error(capsys, "crema-d", roots["crema-d"])
-    write(roots["food-101"] / "texts" / "test_titles.csv", "waffles_0.jpg,waffles")
-    assert "test_titles.csv: expected rows of image, title and class" in error(capsys, "food-101", roots["food-101"])
-    (roots["food-101"] / "texts" / "test_titles.csv").write_bytes(b"\xff\xfe\x00")
-    assert "test_titles.csv: expected a csv file in UTF-8" in error(capsys, "food-101", roots["food-101"])
-    write(roots["food-101"] / "texts" / "test_titles.csv")
-    assert "test_titles.csv: expected rows, found none" in error(capsys, "food-101", roots["food-101"])
+    titles = Path("texts") / "test_titles.csv"
+    for name, file, content, message in (
+        ("crema-d", "train.csv", b"1001_DFA_NEU_XX", "test.csv: expected this file"),
+        ("crema-d", "test.csv", b"1001_DFA_NEU_XX,NEU", "train.csv: expected rows of clip and emotion"),
+        ("crema-d", "train.csv", b"1001_DFA_NEU_XX,NEU", "1001_DFA_NEU_XX: comes twice"),
+        ("food-101", titles, b"waffles_0.jpg,waffles", "test_titles.csv: expected rows of image, title and class"),
+        ("food-101", titles, b"\xff\xfe\x00", "test_titles.csv: expected a csv file in UTF-8"),
+        ("food-101", titles, b"", "test_titles.csv: expected rows, found none"),
+    ):
+        (roots[name] / file).write_bytes(content)
+        assert message in error(capsys, name, roots[name])
     write(roots["mvsa-single"] / "labelResultAll.txt", "1\tpositive")
     assert "expected lines like '1<tab>neutral,positive', found" in error(capsys, "mvsa-single", roots["mvsa-single"])
     write(roots["mvsa-single"] / "labelResultAll.txt", "ID\ttext,image")

@@ -123,6 +123,12 @@ def trained(info, options, number=3, params=None):
     return params, optimizer
 
 
+def another(info, options, params, dtype=None):
+    """Another optimizer, for copies of the parameters."""
+    others = [nn.Parameter(p.detach().to(dtype, copy=True)) for p in params]
+    return others, info.optim_cls(others, **options)
+
+
 def assert_equal(ours, theirs, **tolerance):
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a.detach(), b.detach(), **({"rtol": 0, "atol": 0} | tolerance))
@@ -441,8 +447,7 @@ def test_a_state_in_a_file(info):
         torch.save(optimizer.state_dict(), file)
         read = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
         assert read.keys() == {"state", "param_groups"}, desc
-        others = [nn.Parameter(p.detach().clone()) for p in params]
-        other = info.optim_cls(others, **options)
+        others, other = another(info, options, params)
         other.load_state_dict(read)
         assert_same_state(optimizer, other)
         for pair in ((optimizer, params), (other, others)):
@@ -458,8 +463,7 @@ def test_steps_may_be_numbers(info):
         for state in saved["state"].values():
             if "step" in state:
                 state["step"] = state["step"].item()
-        others = [nn.Parameter(p.detach().clone()) for p in params]
-        other = info.optim_cls(others, **options)
+        others, other = another(info, options, params)
         other.load_state_dict(saved)
         for pair in ((optimizer, params), (other, others)):
             steps(*pair)
@@ -471,8 +475,7 @@ def test_steps_may_be_numbers(info):
 def test_a_state_is_loaded_into_another_dtype(info, dtype):
     for desc, options in configurations(info):
         params, optimizer = trained(info, options)
-        others = [nn.Parameter(p.detach().to(dtype)) for p in params]
-        other = info.optim_cls(others, **options)
+        others, other = another(info, options, params, dtype)
         other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
         steps(other, others)
         assert state_of(optimizer).keys() == state_of(other).keys(), desc

@@ -7,7 +7,9 @@ namespace mla_ext::bindings::dlpack {
 
 constexpr uint32_t kMajorVersion = 1;
 constexpr int32_t kCpu = 1;
+constexpr uint8_t kInt = 0;
 constexpr uint8_t kFloat = 2;
+constexpr uint8_t kBfloat = 4;
 
 struct Tensor {
   void* data;

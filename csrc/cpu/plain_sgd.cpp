@@ -55,7 +55,7 @@ void step_tensor(const PlainSgd& step, const SgdTensor& tensor, int64_t begin, i
       }
       choose(step.nesterov, [&](auto nesterov) {
         constexpr bool kNesterov = decltype(nesterov)::value;
-        step.is_first ? step_elements<A, kFma, kDecay, Momentum::First, kNesterov>(step, tensor, begin, end)
+        step.first_step ? step_elements<A, kFma, kDecay, Momentum::First, kNesterov>(step, tensor, begin, end)
                       : step_elements<A, kFma, kDecay, Momentum::Later, kNesterov>(step, tensor, begin, end);
       });
     });

@@ -21,7 +21,7 @@ struct PlainSgd {
   const SgdTensor* tensors;  // that share no memory, where they are more than one thread steps
   int64_t count;
   int64_t size;   // the elements of all
-  bool is_first;  // the momentum buffers start as the gradients
+  bool first_step;  // the momentum buffers start as the gradients
   bool nesterov;
   bool maximize;
   bool fma;  // a * b + c is rounded once, as torch.add does on CPUs that can; else twice

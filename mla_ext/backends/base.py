@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..projection import Projection
 from ..reference import Hyperparameters
-from ..step import HeadStep
+from ..step import HeadStep, PlainStep
 
 __all__ = ["Backend"]
 
@@ -49,6 +49,14 @@ class Backend(ABC):
     @abstractmethod
     def head_step_(self, step: HeadStep) -> None:
         """One step of a head."""
+
+    def step_(self, plain: list[PlainStep], heads: list[HeadStep]) -> bool:
+        """All steps of an optimizer at once, unchecked. False, and nothing has changed, if this backend cannot."""
+        return False
+
+    def feature_mean_(self, features: Tensor, mean: Tensor) -> int:
+        """Write h̄ of features (..., s), unchecked, into mean (s,). Returns N, or 0 and does nothing if it cannot."""
+        return 0
 
     def settle_(self, projection: Projection) -> None:
         """Fold the rows of a dense P into its matrix. P stays the same."""

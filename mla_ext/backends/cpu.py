@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
 from .. import _library
 from ..reference import Hyperparameters
+from ..step import HeadStep, PlainStep
 from .compiled import Compiled
 
 __all__ = ["Cpu"]
@@ -17,6 +20,10 @@ DEFERRED = 16
 # The rank form costs less than a dense P from about here on (docs/rank.md).
 DENSE_UP_TO = 256
 RANK = 64
+
+
+_step_ = getattr(_library.module, "step", None)
+_feature_mean_ = getattr(_library.module, "feature_mean", None)
 
 
 class Cpu(Compiled):
@@ -33,3 +40,21 @@ class Cpu(Compiled):
 
     def rank(self, s: int) -> int | None:
         return RANK if s > DENSE_UP_TO else None
+
+    def step_(self, plain: list[PlainStep], heads: list[HeadStep]) -> bool:
+        fma = add_is_fma()
+        return _step_ is not None and fma is not None and _step_(plain, heads, fma)
+
+    def feature_mean_(self, features: Tensor, mean: Tensor) -> int:
+        return 0 if _feature_mean_ is None else _feature_mean_(features, mean)
+
+
+@cache
+def add_is_fma() -> bool | None:
+    """Whether torch.add(c, a, alpha=b) rounds a·b + c once on this CPU; None if it differs from element to element."""
+    found = set()
+    for dtype, h in ((torch.float32, 2.0**-13), (torch.float64, 2.0**-27)):
+        a = torch.full((67,), 1 + h, dtype=dtype, device="cpu")
+        square = torch.full_like(a, 1 + 2 * h)  # (1 + h)², rounded
+        found |= {rest == h * h for rest in torch.add(-square, a, alpha=1 + h).tolist()}
+    return found.pop() if len(found) == 1 else None
