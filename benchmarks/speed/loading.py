@@ -231,9 +231,9 @@ def measure_memory(folder: Path, samples: int, device: str) -> list[str]:
     seconds = results.get()
     size = samples * (PICTURE + 4 * VECTOR) / 1e9
     lines = [
-        f"A folder of {size:.1f} GB, {samples} samples. Resident memory at its highest, looked at every {EVERY} s, Python "
-        f"and PyTorch included: {most / 1e3:.2f} GB in one process, {together / 1e3:.2f} GB in the training process and "
-        f"its {WORKERS} workers together. Pages that they share count more than once.",
+        f"A folder of {size:.1f} GB, {samples} samples. Resident memory at its highest, looked at every {EVERY} s, "
+        f"Python and PyTorch included: {most / 1e3:.2f} GB in one process, {together / 1e3:.2f} GB in the training "
+        f"process and its {WORKERS} workers together. Pages that they share count more than once.",
         f"Checksum of the whole folder: {seconds['checksum']:.0f} s; mean and variance of the training recordings: "
         f"{seconds['standardizing']:.0f} s; one epoch: {seconds['epoch']:.0f} s.",
     ]
@@ -265,8 +265,8 @@ def main() -> None:
         f"{machine(arguments.device)} (`python -m benchmarks.speed.loading`)",
         "",
         f"Two modalities in turn: {SHAPE} pictures in uint8 and vectors of {VECTOR} numbers. Batch {BATCH}, small "
-        "encoders, `ProjectedSGD` in every loop. Median (p20–p80) of passes over the same 128 batches, which take turns. "
-        "The files are in the system's cache.",
+        "encoders, `ProjectedSGD` in every loop. Median (p20–p80) of passes over the same 128 batches, which take "
+        "turns. The files are in the system's cache.",
         "",
     ]
     text = "\n".join([*about, *speed, "", "## Memory", "", *memory]) + "\n"
