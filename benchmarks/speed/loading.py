@@ -93,7 +93,7 @@ def learn(model: SharedHeadModel, optimizer: ProjectedSGD, modality: str, x: Ten
 
 
 def contestants(data: MultimodalData, steps: list[Step], device: str) -> dict[str, Callable[[], float]]:
-    """name -> a pass over the steps, which returns the seconds that it waited for data."""
+    """name -> a pass over the steps, which returns the share of its time that it waited for data."""
     on = torch.device(device)
     in_memory = MultimodalData(
         **(vars(data) | {"features": {m: torch.from_numpy(np.array(x)) for m, x in data.features.items()}})
@@ -104,10 +104,9 @@ def contestants(data: MultimodalData, steps: list[Step], device: str) -> dict[st
         training = _Training(*make_model(device), loader, Precision(None, on), None)
 
         def run() -> float:
-            before = loader.waited
             with tqdm(disable=True) as bar:
                 training.epoch(steps, 1, 0, bar)
-            return loader.waited - before
+            return loader.waiting
 
         return run
 
@@ -115,12 +114,11 @@ def contestants(data: MultimodalData, steps: list[Step], device: str) -> dict[st
         loader, (model, optimizer) = Loader(data, on, WORKERS), make_model(device)
 
         def run() -> float:
-            before = loader.waited
-            for step, batch in zip(steps, loader.read(steps), strict=True):
+            for step, batch in zip(steps, loader.read(steps, training=True), strict=True):
                 (modality,) = step.modalities
                 labels = data.labels[step.indices].to(on)
                 learn(model, optimizer, modality, batch.inputs(modality, step.indices), labels)
-            return loader.waited - before
+            return loader.waiting
 
         return run
 
@@ -134,14 +132,15 @@ def contestants(data: MultimodalData, steps: list[Step], device: str) -> dict[st
         }
 
         def run() -> float:
-            waited, readers = 0.0, {m: iter(loader) for m, loader in loaders.items()}
+            start, waited = time.perf_counter(), 0.0
+            readers = {m: iter(loader) for m, loader in loaders.items()}
             for step in steps:
                 (modality,) = step.modalities
                 begin = time.perf_counter()
                 x, y = next(readers[modality])
                 waited += time.perf_counter() - begin
                 learn(model, optimizer, modality, x.to(on, non_blocking=True), y.to(on, non_blocking=True))
-            return waited
+            return waited / (time.perf_counter() - start)
 
         return run
 
@@ -164,11 +163,11 @@ def measure_speed(folder: Path, device: str, rounds: int) -> list[str]:
     for number in range(rounds + 1):
         for name, run in passes.items():
             begin = time.perf_counter()
-            waited = run()
+            share = run()
             seconds = time.perf_counter() - begin
             if number > 0:  # the first one warms up
                 rates[name].append(samples / seconds)
-                waits[name].append(waited / seconds)
+                waits[name].append(share)
     lines = ["| loop | samples per second | waits for data |", "|---|---|---|"]
     for name, values in rates.items():
         p20, *_, p80 = statistics.quantiles(values, n=5, method="inclusive")

@@ -181,7 +181,13 @@ def fit(
             run.record(epoch, training_loss, report)
             if directory is not None:
                 run.save(directory)
-            bar.set_postfix({"validation": f"{report.accuracy:.2%}", "best": f"{run.best['accuracy']:.2%}"})
+            bar.set_postfix(
+                {
+                    "validation": f"{report.accuracy:.2%}",
+                    "best": f"{run.best['accuracy']:.2%}",
+                    "waits for data": f"{loader.waiting:.0%}",
+                }
+            )
     model.load_state_dict(run.best["model"])
     return run.history
 
