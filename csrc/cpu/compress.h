@@ -58,8 +58,9 @@ void compress(const Projection& P, int64_t s, ParallelFor parallel_for) {
   gram(K, R, s, V.get(), parallel_for);
   eigen(V.get(), lambda.get(), R);
 
-  // What is not a number stays visible.
-  const auto p = [&](int64_t i) { return lambda[i] > beta ? 0.0 : double(beta) - lambda[i]; };
+  // At least what is rounding: none becomes negative over the compressions. NaN stays visible.
+  const double least = double(kRankNoise<A>) * beta;
+  const auto p = [&](int64_t i) { return beta - lambda[i] < least ? least : beta - lambda[i]; };
   double dropped = 0;
   for (int64_t i = keep; i < R; ++i) dropped += p(i);
   double rest = beta;

@@ -20,7 +20,7 @@ struct SgdTensor {
 struct PlainSgd {
   const SgdTensor* tensors;  // that share no memory, where they are more than one thread steps
   int64_t count;
-  int64_t size;   // the elements of all
+  int64_t size;     // the elements of all
   bool first_step;  // the momentum buffers start as the gradients
   bool nesterov;
   bool maximize;

@@ -117,7 +117,8 @@ void check_compressed(const RankForm& full, const RankForm& now) {
   const Precision p = format_of(full.dtype).precision();
   const long double beta = full.beta.get(0), unit = 8 * static_cast<long double>(R + 4) * p.epsilon * beta + s * p.tiny;
   const Symmetric exact(full.gram(), R);
-  const auto eigenvalue = [&](int64_t i) { return std::max(beta - exact.values[size_t(i)], 0.0L); };
+  const long double least = 64 * p.epsilon * beta;  // what is smaller is rounding
+  const auto eigenvalue = [&](int64_t i) { return std::max(beta - exact.values[size_t(i)], least); };
   long double rest = beta;
   for (int64_t i = keep; i < R; ++i) rest += (eigenvalue(i) - beta) / static_cast<long double>(s - keep);
   if (s <= keep) rest = beta;
@@ -152,7 +153,7 @@ void check_range(const RankForm& now) {
   if (now.count == 0) return;
   const long double strongest = Symmetric(now.gram(), now.count).values[0];
   const Precision p = format_of(now.dtype).precision();
-  check_at_most("strongest direction of K", 0, strongest, now.beta.get(0) * (1 + 8 * std::sqrt(p.epsilon)) + p.tiny);
+  check_at_most("strongest direction of K", 0, strongest, now.beta.get(0) * (1 + 256 * p.epsilon) + p.tiny);
 }
 
 /// P after it has absorbed the mean: one row more, or none, and forgetting.
@@ -167,7 +168,9 @@ void check_absorbed(const Head& head, const RankForm& before, const RankForm& no
   const Bounded least = beta.value > 0 ? dot(s, at, at) / beta : Bounded{};
   const Bounded larger = {std::isnan(along.value) ? along.value : std::max(along.value, least.value),
                           std::max(along.error, least.error)};
-  const Bounded d = constant(head.hyper.alpha) + larger, excess = along - least / Bounded{2, 0};
+  const Bounded noise = Bounded{64 * precision.epsilon, 0} * beta * dot(s, h, h);
+  const Bounded alpha = constant(head.hyper.alpha), excess = along - noise;
+  const Bounded d = (noise.value > alpha.value ? noise : alpha) + larger;
   const bool is_known = d.is_known() && (!std::isfinite(d.value) || std::fabs(d.value) > d.error);
   const bool happens = std::isfinite(d.value) && d.value > 0;
   if (!is_known || (happens && !(std::fabs(excess.value) > excess.error))) {
