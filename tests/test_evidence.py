@@ -405,7 +405,7 @@ def test_one_command_makes_every_table_without_an_empty_cell(tmp_path):
     arguments += ["--runs", str(tmp_path / "runs.jsonl"), "--out", str(tmp_path / "out")]
     assert command.main(["all", *arguments]) == 0
     pages = {path.name: path for path in (tmp_path / "out").iterdir()}
-    for name in ("table1", "table2", "table3", "figure3", "order", "curves", "gap", "entropy", "head"):
+    for name in experiments.EXPERIMENTS:
         page = pages[f"{name}.md"].read_text(encoding="utf-8")
         rows = [line for line in page.splitlines() if line.startswith("| ")]
         assert len(rows) > 2
@@ -415,6 +415,7 @@ def test_one_command_makes_every_table_without_an_empty_cell(tmp_path):
         assert "nan" not in cells
         assert pages[f"{name}.csv"].stat().st_size > 0
     assert {"table1.png", "figure3.png", "curves.png", "gap.png", "entropy.png", "runs.jsonl.xz"} <= pages.keys()
+    assert "tolerance.png" in pages
     lines = (tmp_path / "runs.jsonl").read_text().splitlines()
     table = pages["table1.md"].read_text(encoding="utf-8")
     assert all(re.search(rf"\| {re.escape(m.title)} \|", table) for k, m in METHODS.items() if "shared" not in k)
