@@ -3,6 +3,7 @@
 import copy
 import functools
 import itertools
+import threading
 
 import pytest
 import torch
@@ -379,3 +380,19 @@ def test_fault_hooks_are_called_under_a_step_that_is_wrapped_by_functools():
     param.grad = torch.ones(3)
     optimizer.step()
     assert seen
+
+
+def test_fault_forwards_of_two_threads_are_both_recorded():
+    head = nn.Linear(512, 4, bias=False)
+    optimizer = ProjectedSGD(head.parameters(), lr=0.0)
+    optimizer.attach(head)
+    for _ in range(5):
+        head(randn(2, 512)).sum().backward()
+        optimizer.step()
+        threads = [threading.Thread(target=head, args=(torch.full((8000, 512), x),)) for x in (1.0, 3.0)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert optimizer._observed[head.weight].count == 16000
+        optimizer._observed.clear()
