@@ -37,6 +37,7 @@ from .. import RESULTS
 from ..machine import machine
 
 SHAPE, VECTOR, CLASSES, WIDTH, BATCH, WORKERS = (3, 96, 96), 300, 20, 128, 64, 2
+BATCHES = 32  # of a pass: short, so that a disturbance meets all
 SAMPLES = 12_288  # of the set that the contestants share
 PICTURE = int(np.prod(SHAPE))  # bytes
 EVERY = 0.1  # seconds between two looks at the memory
@@ -155,7 +156,7 @@ def contestants(data: MultimodalData, steps: list[Step], device: str) -> dict[st
 def measure_speed(folder: Path, device: str, rounds: int) -> list[str]:
     data = load_folder(folder)
     model, _ = make_model(device)
-    steps = model.steps(data, BATCH, "given", torch.Generator().manual_seed(0))[:128]
+    steps = model.steps(data, BATCH, "given", torch.Generator().manual_seed(0))[:BATCHES]
     passes = contestants(data, steps, device)
     samples = sum(len(step.indices) for step in steps)
     rates: dict[str, list[float]] = {name: [] for name in passes}
@@ -264,7 +265,7 @@ def main() -> None:
         f"{machine(arguments.device)} (`python -m benchmarks.speed.loading`)",
         "",
         f"Two modalities in turn: {SHAPE} pictures in uint8 and vectors of {VECTOR} numbers. Batch {BATCH}, small "
-        "encoders, `ProjectedSGD` in every loop. Median (p20–p80) of passes over the same 128 batches, which take "
+        f"encoders, `ProjectedSGD` in every loop. Median (p20–p80) of passes over the same {BATCHES} batches, which take "
         "turns. The files are in the system's cache.",
         "",
     ]
