@@ -42,20 +42,17 @@ def test_tables_of_the_rank_form(source, tmp_path, monkeypatch):
     ]
     study = Study([source], Results(runs), 2, 1, 20)
     gain = study.gain(20, SCALED_ALPHA, 16, (SCALED_ALPHA, None), "test", "last", "alone")
-    assert gain.over == {"toy": pytest.approx(by_hand)}
-    assert study.values(source, 20, USUAL_ALPHA, 16, "test", "best", "fused") == [
-        found[0.1, 16, seed]["test"]["best"]["fused"] for seed in range(2)
-    ]
-
-
-def test_a_gain_is_the_mean_over_data_with_its_interval_over_seeds():
-    gain = Gain({"a": [1.0, 2.0, 3.0], "b": [-1.0, 0.0, -2.0]})
-    assert str(gain) == "+0.50 [-0.74, +1.74]"  # of 0, 1 and 0.5: 4.303 · 0.5 / √3
-    assert gain.worst() == "-1.0 b"
-    assert rank.together([gain, Gain({"a": [0.0] * 3, "b": [1.0] * 3})]).over == {
-        "a": [0.5, 1.0, 1.5],
-        "b": [0.0, 0.5, -0.5],
+    assert gain.over == {("toy", seed): pytest.approx(value) for seed, value in enumerate(by_hand)}
+    assert study.values(source, 20, USUAL_ALPHA, 16, "test", "best", "fused") == {
+        seed: found[0.1, 16, seed]["test"]["best"]["fused"] for seed in range(2)
     }
+
+
+def test_a_gain_is_the_mean_over_pairs_with_its_interval():
+    gain = Gain({("a", 0): 1.0, ("a", 1): 0.5, ("b", 0): 0.0})
+    assert str(gain) == "+0.50 [-0.74, +1.74]"  # 4.303 · 0.5 / √3
+    assert gain.worst() == "+0.0 b"
+    assert rank.together([gain, Gain({("a", 1): 1.5, ("c", 0): 1.0})]).over == {("a", 1): 1.0}
 
 
 def test_a_run_is_of_the_form_that_it_names(source, monkeypatch):

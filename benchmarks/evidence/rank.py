@@ -147,11 +147,16 @@ class Study:
             ]
             self.results.complete(runs, f"seed {seed}, projected", workers, execute)
 
-    def values(self, source: str, width: int, alpha: str, rank: int | None, *path: str) -> list[float]:
-        """A number of each seed's result, 0 where the run diverged. alpha "": alternation alone."""
-        runs = (self.run(source, width, self.alpha(source, width, alpha), rank, seed) for seed in range(self.seeds))
-        results = (self.results[run] for run in runs)
-        return [0.0 if "diverged" in found else functools.reduce(dict.__getitem__, path, found) for found in results]
+    def values(self, source: str, width: int, alpha: str, rank: int | None, *path: str) -> dict[int, float]:
+        """A number of the result of each seed whose run is there, 0 where it diverged. alpha "": alternation alone."""
+        runs = {
+            seed: self.run(source, width, self.alpha(source, width, alpha), rank, seed) for seed in range(self.seeds)
+        }
+        results = {seed: self.results[run] for seed, run in runs.items() if run.key in self.results.found}
+        return {
+            seed: 0.0 if "diverged" in result else functools.reduce(dict.__getitem__, path, result)
+            for seed, result in results.items()
+        }
 
     def gain(self, width: int, alpha: str, rank: int | None, base: tuple[str, int | None], *path: str) -> Gain:
         """How much better than `base`, an alpha and a rank at the same width; path: as in a result."""
@@ -159,36 +164,34 @@ class Study:
         for source in self.sources:
             ours = self.values(source, width, alpha, rank, *path)
             others = self.values(source, width, *base, *path)
-            over[Path(source).stem] = [100 * (a - b) for a, b in zip(ours, others, strict=True)]
+            over |= {(Path(source).stem, seed): 100 * (ours[seed] - others[seed]) for seed in ours if seed in others}
         return Gain(over)
 
 
 @dataclasses.dataclass(frozen=True)
 class Gain:
-    """Differences in points, paired by seed: {data set: one for each seed}."""
+    """Differences in points, paired: {(data set, seed): difference}."""
 
-    over: dict[str, list[float]]
+    over: dict[tuple[str, int], float]
 
     def __str__(self) -> str:
-        """The mean over the data sets, with its 95 % interval over the seeds."""
-        by_seed = [statistics.mean(column) for column in zip(*self.over.values(), strict=True)]
-        low, high = interval(by_seed)
-        return f"{statistics.mean(by_seed):+.2f} [{low:+.2f}, {high:+.2f}]"
+        """The mean, with its 95 % interval over the pairs."""
+        low, high = interval([*self.over.values()])
+        return f"{statistics.mean(self.over.values()):+.2f} [{low:+.2f}, {high:+.2f}]"
 
     def worst(self) -> str:
         """The data set that gains the least."""
-        mean, name = min((statistics.mean(differences), name) for name, differences in self.over.items())
-        return f"{mean:+.1f} {name}"
+        means = {
+            name: statistics.mean(value for (of, _), value in self.over.items() if of == name) for name, _ in self.over
+        }
+        name = min(means, key=means.__getitem__)
+        return f"{means[name]:+.1f} {name}"
 
 
 def together(gains: Sequence[Gain]) -> Gain:
-    """The mean of several, data set by data set and seed by seed."""
-    return Gain(
-        {
-            name: [statistics.mean(values) for values in zip(*(gain.over[name] for gain in gains), strict=True)]
-            for name in gains[0].over
-        }
-    )
+    """The mean of several, pair by pair."""
+    common = [pair for pair in gains[0].over if all(pair in gain.over for gain in gains)]
+    return Gain({pair: statistics.mean(gain.over[pair] for gain in gains) for pair in common})
 
 
 def gains(study: Study, split: str, title: str, forms: Mapping[str, int | None], dense: bool) -> Table:
@@ -207,8 +210,8 @@ def gains(study: Study, split: str, title: str, forms: Mapping[str, int | None],
             found["both"] = [together(pair) for pair in zip(*found.values(), strict=True)]
             for alpha, (best, last, *alone) in found.items():
                 cells = [*map(str, (best, last, *alone)), best.worst(), last.worst()]
-                rows.append([str(width), name, alpha, *cells])
-    columns = ["width", "P", "alpha", "fused, best epoch", "fused, last epoch", "alone, best", "alone, last"]
+                rows.append([str(width), name, alpha, str(len(best.over)), *cells])
+    columns = ["width", "P", "alpha", "pairs", "fused, best epoch", "fused, last epoch", "alone, best", "alone, last"]
     return Table(title, [*columns, "worst, fused, best", "worst, fused, last"], rows)
 
 
@@ -217,22 +220,39 @@ def by_data(study: Study, epoch: str) -> Table:
     rows = []
     for source in study.sources:
         for width in WIDTHS:
-            alone = percent(study.values(source, width, "", None, "test", epoch, "fused"))
+
+            def shown(alpha: str, rank: int | None, source: str = source, width: int = width) -> str:
+                return percent([*study.values(source, width, alpha, rank, "test", epoch, "fused").values()])
+
             for alpha in ALPHAS:
-                cells = [percent(study.values(source, width, alpha, r, "test", epoch, "fused")) for r in FORMS.values()]
-                rows.append([Path(source).stem, str(width), f"{study.alpha(source, width, alpha):g}", alone, *cells])
+                value = f"{study.alpha(source, width, alpha):g}"
+                cells = [shown("", None), *(shown(alpha, rank) for rank in FORMS.values())]
+                rows.append([Path(source).stem, str(width), value, *cells])
     return Table(f"Fused test accuracy, {epoch} epoch, %", ["data", "width", "alpha", "alternation", *FORMS], rows)
 
 
-def tables(study: Study) -> list[Table]:
+def page(study: Study, out: Path) -> None:
+    """rank.md and rank.csv: of the runs that are there."""
+    cut = [
+        f"{Path(source).stem} has {count}"
+        for source in study.sources
+        if (count := len(load(source, 0.0, 0).indices("train"))) > study.samples
+    ]
+    text = f"""Settings of `mla-ext train`; {study.epochs} epochs, {study.seeds} seeds. alpha is {USUAL_ALPHA}, or
+    {SCALED} times the mean of ‖h̄‖² over the steps of alternation alone with seed 0. Fused: by entropy; alone: the mean
+    of the single modalities. Best epoch: the one best on the validation split. A run that diverged counts as 0. Gains
+    are means over the pairs of runs with the same data and seed, with 95 % intervals over the pairs (Student's t);
+    worst: the data set that gains the least. rank="auto" is dense at width 128, and R = 64 at width 512. """
+    text += f"At most {study.samples} training samples are used: {', '.join(cut)}." if cut else ""
     reduced = {name: rank for name, rank in FORMS.items() if rank is not None}
-    return [
+    tables = [
         gains(study, "test", "Test accuracy minus that of dense P, points", reduced, dense=True),
         gains(study, "validation", "Validation accuracy minus that of dense P, points", reduced, dense=True),
         gains(study, "test", "Test accuracy minus that of alternation alone, points", FORMS, dense=False),
         by_data(study, "best"),
         by_data(study, "last"),
     ]
+    write(out / "rank", "The rank form against dense P", text, tables)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -250,18 +270,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     limits = (arguments.seeds, arguments.epochs, arguments.samples)
     study = Study(arguments.data, Results(arguments.runs), *limits)
     study.complete(arguments.workers)
-    cut = [
-        f"{Path(source).stem} has {count}"
-        for source in arguments.data
-        if (count := len(load(source, 0.0, 0).indices("train"))) > arguments.samples
-    ]
-    text = f"""Settings of `mla-ext train`; {arguments.epochs} epochs, {arguments.seeds} seeds. alpha is {USUAL_ALPHA},
-    or {SCALED} times the mean of ‖h̄‖² over the steps of alternation alone with seed 0. Fused: by entropy; alone: the
-    mean of the single modalities. Best epoch: the one best on the validation split. A run that diverged counts as 0.
-    Gains are means over the data sets, paired by seed, with 95 % intervals over the seeds (Student's t); worst: the
-    data set that gains the least. rank="auto" is dense at width 128, and R = 64 at width 512. """
-    text += f"At most {arguments.samples} training samples are used: {', '.join(cut)}." if cut else ""
-    write(arguments.out / "rank", "The rank form against dense P", text, tables(study))
+    page(study, arguments.out)
 
 
 if __name__ == "__main__":
