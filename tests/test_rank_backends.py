@@ -171,14 +171,24 @@ def test_what_cannot_be_absorbed_is_left_out(device, backend, absorb, value):
     assert P.count == 0 and P.beta == 1 and head.step == 1
 
 
-def test_what_is_only_rounding_becomes_no_row(device, backend):
-    """With the same features for ever and a tiny alpha nothing is left of k, and its row would make P indefinite."""
-    head = Head(1, 130, 8, torch.float32, device, backend, Hyperparameters(lr=0.0, alpha=1e-30))
-    mean = torch.full((130,), 1e3, device=device)
-    for _ in range(12):
-        head.step_(torch.zeros(1, 130, device=device), mean)
-        eigenvalues = torch.linalg.eigvalsh(dense(head.projection.beta, head.used()))
-        assert -1e-5 < eigenvalues[0] < 1e-3 and abs(eigenvalues[-1] - 1) < 1e-5
+@pytest.mark.parametrize(("beside", "is_row"), [(0.0, False), (0.004, True), (0.1, True)])
+def test_what_is_only_rounding_becomes_no_row(device, backend, beside, is_row):
+    """P is indefinite in one direction, as rounding makes it, and h̄ has nothing, a little or more beside it.
+
+    Then h̄ᵀk is below 0, between |k|²/2 and |k|², or above.
+    """
+    head = Head(1, 9, 4, torch.float64, device, backend, Hyperparameters(lr=0.0, alpha=1e-30, forget=0.1))
+    mean = torch.zeros(9, dtype=torch.float64, device=device)
+    mean[2], mean[5] = 1.0, beside**0.5
+    head.projection.rows[0] = 0.0
+    head.projection.rows[0, 2] = 1.001**0.5
+    head.projection.count.fill_(1)
+    one, K = head.projection.beta.clone(), head.projection.rows[:1].clone()
+    head.step_(torch.zeros(1, 9, dtype=torch.float64, device=device), mean)
+    beta, rows = reference.rank_update(one, K, mean, alpha=1e-30, forget=0.1)
+    assert head.projection.count == len(rows) == 1 + is_row
+    torch.testing.assert_close(head.projection.beta, beta)
+    torch.testing.assert_close(dense(head.projection.beta, head.used()), dense(beta, rows), rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("C", [2, 33])

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from test_evidence import write_data
+from evidence_data import write_data
 
 from benchmarks.evidence import frontier, kept, plasticity, rank
 from benchmarks.evidence.rank import FORMS, SCALED_ALPHA, USUAL_ALPHA, Gain, RankRun, Study, execute, limited

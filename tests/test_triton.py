@@ -158,6 +158,22 @@ expected = head.weight.detach() - 0.1 * head.weight.grad
 optimizer.step()
 torch.testing.assert_close(head.weight.detach(), expected)
 torch.testing.assert_close(optimizer.projection(head.weight), reference.rls_update(torch.eye(5), x.mean(0)))
+heads = [torch.nn.Linear(12, 3) for _ in "ab"]
+heads[1].load_state_dict(heads[0].state_dict())
+kinds = [{}, {"backend": "reference"}]
+options = {"lr": 0.1, "momentum": 0.9, "rank": 4}
+optimizers = [mla_ext.ProjectedSGD(h.parameters(), **options, **kind) for h, kind in zip(heads, kinds)]
+for head, optimizer in zip(heads, optimizers):
+    optimizer.attach(head)
+for t in range(5):
+    x = torch.randn(4, 12)
+    for head, optimizer in zip(heads, optimizers):
+        optimizer.zero_grad()
+        head(x).square().sum().backward()
+        optimizer.step()
+torch.testing.assert_close(heads[0].weight, heads[1].weight, rtol=1e-4, atol=1e-5)
+P, expected = (optimizer.projection(head.weight) for head, optimizer in zip(heads, optimizers))
+torch.testing.assert_close(P, expected, rtol=1e-4, atol=1e-5)
 logits = torch.randn(2, 3, 4)
 torch.testing.assert_close(mla_ext.entropy_fusion(logits), reference.entropy_fusion(logits))
 """

@@ -63,8 +63,10 @@ def load(source: str, missing: float, seed: int) -> mla_ext.MultimodalData:
     return dataclasses.replace(data, features={m: f.flatten(1) for m, f in data.features.items()})
 
 
-def trained(run: Run, data: mla_ext.MultimodalData) -> tuple[MultimodalModel, list[dict[str, Any]]]:
-    """The model with the weights of its best epoch, and its history; NonFiniteLossError as `fit`."""
+def trained(
+    run: Run, data: mla_ext.MultimodalData, out: Path | None = None
+) -> tuple[MultimodalModel, list[dict[str, Any]]]:
+    """The model with the weights of its best epoch, and its history; NonFiniteLossError and `out` as `fit`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
         setting = Setting(run.lr, run.weight_decay, run.own, run.seed, run.epochs, WIDTH)
@@ -75,7 +77,7 @@ def trained(run: Run, data: mla_ext.MultimodalData) -> tuple[MultimodalModel, li
         if order not in ("given", "random"):
             model, order = type(model)({m: model.encoders[m] for m in order.split(",")}, model.head), "given"
         options = {"epochs": run.epochs, "batch_size": BATCH_SIZE, "seed": run.seed, "order": order}
-        return model, mla_ext.fit(model, optimizer, data, **options, progress=False)
+        return model, mla_ext.fit(model, optimizer, data, **options, out=out, progress=False)
 
 
 def execute(run: Run) -> dict[str, Any]:

@@ -54,6 +54,7 @@ def strongest(
     R,
     n,
     s,
+    NOISE: tl.constexpr,
     PARTS: tl.constexpr,
     PAIRS: tl.constexpr,
     ANGLES: tl.constexpr,
@@ -81,7 +82,7 @@ def strongest(
     for first in range(0, R, BLOCK):
         i = first + tl.arange(0, BLOCK)
         values, position = ordered(A, i, R, n, BLOCK)
-        dropped += tl.sum(tl.where((position >= keep) & (i < R), tl.maximum(wide - values, 0.0), 0.0))
+        dropped += tl.sum(tl.where((position >= keep) & (i < R), tl.maximum(wide - values, NOISE * wide), 0.0))
     number = wide
     if s > keep:
         number = (dropped + (s - R).to(tl.float64) * wide) / (s - keep).to(tl.float64)
@@ -89,7 +90,7 @@ def strongest(
     for first in range(0, R, BLOCK):
         i = first + tl.arange(0, BLOCK)
         values, position = ordered(A, i, R, n, BLOCK)
-        p = tl.maximum(wide - values, 0.0)
+        p = tl.maximum(wide - values, NOISE * wide)  # none becomes negative over the compressions
         is_there = (values > 1e-15 * wide) & (number > p)  # a direction that is not there becomes a row of zeros
         factor = tl.where(is_there, tl.sqrt(tl.where(is_there, (number - p) / values, 0.0)), 0.0)
         for start in range(0, R, BLOCK):

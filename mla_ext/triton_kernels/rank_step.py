@@ -1,7 +1,7 @@
 """One step of the shared head in the rank form, P = βI − KᵀK: no matrix (s, s) anywhere, and no decision of the host.
 
 Launches, each a kernel: `rows_product` makes t = [G; h̄] Kᵀ, in parts of columns. `rank_finish` makes Z = βG − tK, with
-which the weights step at once when the step projects with P_{t-1} ("after"), k = P h̄, and parts of h̄ᵀk and |k|².
+which the weights step at once when the step projects with P_{t-1} ("after"), k = P h̄, and parts of h̄ᵀk, |k|² and |h̄|².
 `absorb` writes the new row of K; otherwise ("before") further programs of it correct Z to G P_t and step the weights.
 They do so too where torch.mm makes Z, as for many classes. `count_rows` has one program. It changes β, `count` and
 `step`, which all others read. When K is full, `absorb` and `count_rows` also do what a compression needs, and `rotate`
@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..reference import RANK_NOISE
 from ..step import HeadStep
 from .compress import gram, rotate_kernel, strongest
 from .eigen import ANGLES, PAIRS
@@ -154,8 +155,10 @@ def rank_finish_kernel(
         own_k = tl.sum(tl.where((vectors == C)[:, None], Z, 0.0), axis=0)
         tl.store(k + columns, own_k, inside)
         blocks = tl.num_programs(0)
-        tl.store(dots + program, tl.sum(own_k * tl.load(feature_mean + columns, inside, other=0.0)))
+        h = tl.load(feature_mean + columns, inside, other=0.0)
+        tl.store(dots + program, tl.sum(own_k * h))
         tl.store(dots + blocks + program, tl.sum(tl.where(inside, own_k * own_k, 0.0)))
+        tl.store(dots + 2 * blocks + program, tl.sum(h * h))
     if grad is not None:
         offsets = vectors.to(tl.int64)[:, None] * s + columns[None, :]
         mask = (vectors < C)[:, None] & inside[None, :]
@@ -191,16 +194,23 @@ def rank_finish_kernel(
 
 
 @triton.jit
-def new_row(dots, blocks, beta, alpha, alpha_tensor, BLOCKS: tl.constexpr, dtype: tl.constexpr):
-    """Whether h̄ is absorbed at all, whether it becomes a row of K, u = k / root, and root = √d."""
+def sum_of(parts, blocks, BLOCKS: tl.constexpr):
     index = tl.arange(0, BLOCKS)
-    mean_dot_k = tl.sum(tl.load(dots + index, index < blocks, other=0.0))
-    # h̄ᵀk ≥ |k|²/β, as P lies between 0 and βI. Rounding may break that where k is almost 0. With the larger one u uᵀ
-    # never takes more than P has, and d ≥ α > 0.
-    least = tl.sum(tl.load(dots + blocks + index, index < blocks, other=0.0)) / beta
-    d = read(alpha, alpha_tensor, dtype) + tl.maximum(mean_dot_k, least, propagate_nan=tl.PropagateNan.ALL)
+    return tl.sum(tl.load(parts + index, index < blocks, other=0.0))
+
+
+@triton.jit
+def new_row(dots, blocks, beta, alpha, alpha_tensor, NOISE: tl.constexpr, BLOCKS: tl.constexpr, dtype: tl.constexpr):
+    """Whether h̄ is absorbed at all, whether it becomes a row of K, u = k / root, and root = √d."""
+    mean_dot_k = sum_of(dots, blocks, BLOCKS)
+    # h̄ᵀk ≥ |k|²/β, as P lies between 0 and βI. The larger one, as rounding may break that where k is almost 0. k is
+    # P h̄ only to within ε β |h̄|: a smaller d would let its error make P indefinite.
+    least = tl.where(beta > 0, sum_of(dots + blocks, blocks, BLOCKS) / beta, 0.0)
+    noise = NOISE * beta * sum_of(dots + 2 * blocks, blocks, BLOCKS)
+    d = tl.maximum(read(alpha, alpha_tensor, dtype), noise, propagate_nan=tl.PropagateNan.ALL)
+    d += tl.maximum(mean_dot_k, least, propagate_nan=tl.PropagateNan.ALL)
     absorbed = (d > 0) & (d < float("inf"))
-    becomes_row = absorbed & (mean_dot_k >= least / 2)  # else k is only rounding: its row would make P indefinite
+    becomes_row = absorbed & (mean_dot_k >= noise)  # else P has nothing left along h̄
     return absorbed, becomes_row, tl.where(becomes_row, tl.sqrt(d), float("inf"))
 
 
@@ -240,6 +250,7 @@ def absorb_kernel(
     MAXIMIZE: tl.constexpr,
     CORRECT: tl.constexpr,
     FORGETS: tl.constexpr,
+    NOISE: tl.constexpr,
     BLOCKS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -256,7 +267,7 @@ def absorb_kernel(
     becomes_row = tl.full((), 0, tl.int1)
     root = tl.full((), 1.0, dtype)
     if k is not None:
-        absorbed, becomes_row, root = new_row(dots, blocks, tl.load(beta), alpha, alpha_tensor, BLOCKS, dtype)
+        absorbed, becomes_row, root = new_row(dots, blocks, tl.load(beta), alpha, alpha_tensor, NOISE, BLOCKS, dtype)
     if program < parts:
         used = tl.load(count)
         first = program * span
@@ -337,6 +348,7 @@ def count_rows_kernel(
     alpha_tensor,
     forget: tl.float64,
     forget_tensor,
+    NOISE: tl.constexpr,
     BLOCKS: tl.constexpr,
     PARTS: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -351,15 +363,15 @@ def count_rows_kernel(
     if dots is not None:
         dtype: tl.constexpr = beta.dtype.element_ty
         number = tl.load(beta)
-        absorbed, becomes_row, _root = new_row(dots, blocks, number, alpha, alpha_tensor, BLOCKS, dtype)
+        absorbed, becomes_row, _root = new_row(dots, blocks, number, alpha, alpha_tensor, NOISE, BLOCKS, dtype)
         keep, rho = read_forget(forget, forget_tensor, dtype)
         number = tl.where(absorbed, keep * number + rho, number)
         used = tl.load(count) + becomes_row.to(tl.int64)
         full = used >= R
         if full:
-            number = strongest(products, parts, workspace, factors, number, R, n, s, PARTS, PAIRS, ANGLES, BLOCK).to(
-                dtype
-            )
+            number = strongest(
+                products, parts, workspace, factors, number, R, n, s, NOISE, PARTS, PAIRS, ANGLES, BLOCK
+            ).to(dtype)
             used = (used * 0 + R) // 2
         tl.debug_barrier()  # every thread has read what now changes
         tl.store(beta, number)
@@ -385,7 +397,7 @@ def rank_step_(step: HeadStep) -> None:
     block_r = min(BLOCK_R, max(16, triton.next_power_of_2(R)))
     sums = torch.empty(parts, classes + 1, R, **like) if absorbs or not by_mm else None
     k = torch.empty(s, **like) if absorbs else None
-    dots = torch.empty(2, blocks, **like) if absorbs else None
+    dots = torch.empty(3, blocks, **like) if absorbs else None
     projected = torch.empty(C, s, **like) if is_late else None
 
     # Of a compression. n: R, made even.
@@ -398,7 +410,7 @@ def rank_step_(step: HeadStep) -> None:
     sgd_numbers = numbers_or_pointers(device, hyper.lr, hyper.momentum, hyper.dampening, hyper.weight_decay)
     rls_numbers = numbers_or_pointers(device, hyper.alpha, hyper.forget)
     forgets = isinstance(hyper.forget, Tensor) or hyper.forget != 0
-    BLOCKS = triton.next_power_of_2(blocks)
+    BLOCKS, noise = triton.next_power_of_2(blocks), RANK_NOISE * torch.finfo(rows.dtype).eps
 
     with on(device):
         if sums is not None:
@@ -474,6 +486,7 @@ def rank_step_(step: HeadStep) -> None:
                 hyper.maximize,
                 corrects,
                 forgets,
+                noise,
                 BLOCKS,
                 block_r,
                 BLOCK_S,
@@ -496,6 +509,7 @@ def rank_step_(step: HeadStep) -> None:
             n,
             s,
             *rls_numbers,
+            noise,
             BLOCKS,
             triton.next_power_of_2(parts),
             PAIRS,

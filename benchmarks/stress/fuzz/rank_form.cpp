@@ -144,7 +144,7 @@ void check_compressed(const RankForm& full, const RankForm& now) {
       squares += left * left;
       length += u(j) * u(j);
     }
-    check_at_most("P u after a compression", i, std::sqrt(squares * length), unit * beta);
+    check_at_most("P u after a compression", i, std::sqrt(squares * length), (unit + least) * beta);
   }
 }
 
