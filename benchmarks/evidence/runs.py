@@ -64,9 +64,12 @@ def load(source: str, missing: float, seed: int) -> mla_ext.MultimodalData:
 
 
 def trained(
-    run: Run, data: mla_ext.MultimodalData, out: Path | None = None
+    run: Run, data: mla_ext.MultimodalData, before: Callable[[MultimodalModel], object] = lambda model: None
 ) -> tuple[MultimodalModel, list[dict[str, Any]]]:
-    """The model with the weights of its best epoch, and its history; NonFiniteLossError and `out` as `fit`."""
+    """The model with the weights of its best epoch, and its history; NonFiniteLossError as `fit`.
+
+    before: called with the model when it is there and not trained yet.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
         setting = Setting(run.lr, run.weight_decay, run.own, run.seed, run.epochs, WIDTH)
@@ -77,7 +80,8 @@ def trained(
         if order not in ("given", "random"):
             model, order = type(model)({m: model.encoders[m] for m in order.split(",")}, model.head), "given"
         options = {"epochs": run.epochs, "batch_size": BATCH_SIZE, "seed": run.seed, "order": order}
-        return model, mla_ext.fit(model, optimizer, data, **options, out=out, progress=False)
+        before(model)
+        return model, mla_ext.fit(model, optimizer, data, **options, progress=False)
 
 
 def execute(run: Run) -> dict[str, Any]:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import statistics
-import tempfile
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 import mla_ext
-from mla_ext.multimodal import checkpoint
-from mla_ext.multimodal.fit import CHECKPOINT, NonFiniteLossError
+from mla_ext.multimodal.fit import NonFiniteLossError
 from mla_ext.multimodal.model import MultimodalModel
 
 from . import figures
@@ -37,16 +37,20 @@ class EndsRun(Run):
 def measure(run: EndsRun) -> dict[str, Any]:
     """The test accuracies at both epochs, and how long the training took."""
     data = load(run.data, 0.0, 0)
-    with tempfile.TemporaryDirectory() as out:
-        started = time.perf_counter()
-        try:
-            model, _ = trained(run, data, Path(out))
-        except NonFiniteLossError as error:
-            return {"diverged": str(error).partition(":")[0]}
-        seconds = time.perf_counter() - started
-        best = accuracies(model, data)
-        model.load_state_dict(checkpoint.load(Path(out) / CHECKPOINT)["model"])
-        return {"best": best, "last": accuracies(model, data), "seconds": seconds}
+    last: dict[str, Tensor] = {}
+
+    def keep(model: MultimodalModel, *_: object) -> None:  # `fit` ends by loading the best epoch over the last
+        last.update(copy.deepcopy(model.state_dict()))
+
+    started = time.perf_counter()
+    try:
+        model, _ = trained(run, data, lambda model: model.register_load_state_dict_pre_hook(keep))
+    except NonFiniteLossError as error:
+        return {"diverged": str(error).partition(":")[0]}
+    seconds = time.perf_counter() - started
+    best = accuracies(model, data)
+    model.load_state_dict(dict(last))
+    return {"best": best, "last": accuracies(model, data), "seconds": seconds}
 
 
 def accuracies(model: MultimodalModel, data: mla_ext.MultimodalData) -> dict[str, Any]:
