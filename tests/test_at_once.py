@@ -2,14 +2,17 @@
 
 import copy
 import functools
+import gc
 import itertools
 import threading
+import weakref
 
 import pytest
 import torch
 from helpers import randn
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mla_ext import ProjectedSGD, _library, reference
 from mla_ext.backends.cpu import Cpu
@@ -340,7 +343,7 @@ class TestRecording:
 # Each of the tests below shows a fault that is still there.
 
 
-def test_fault_a_gradient_with_the_negative_bit_keeps_its_sign():
+def test_a_gradient_with_the_negative_bit_keeps_its_sign():
     """Autograd itself makes such gradients, of a parameter with one element that is an imaginary part."""
     moved = []
     for cls in (torch.optim.SGD, ProjectedSGD):
@@ -354,7 +357,7 @@ def test_fault_a_gradient_with_the_negative_bit_keeps_its_sign():
     assert torch.equal(*moved)
 
 
-def test_fault_features_with_the_negative_bit_keep_their_sign():
+def test_features_with_the_negative_bit_keep_their_sign():
     head = nn.Linear(6, 3, bias=False)
     optimizer = ProjectedSGD(head.parameters(), lr=0.0, rank=None)
     optimizer.attach(head)
@@ -368,7 +371,7 @@ def test_fault_features_with_the_negative_bit_keep_their_sign():
     torch.testing.assert_close(optimizer._observed[head.weight].mean, -features.mean(0))
 
 
-def test_fault_hooks_are_called_under_a_step_that_is_wrapped_by_functools():
+def test_hooks_are_called_under_a_step_that_is_wrapped_by_functools():
     class Wrapped(ProjectedSGD):
         @functools.wraps(ProjectedSGD.step)  # copies the mark `hooked` too, as it does for torch.optim.SGD's
         def step(self, closure=None):
@@ -382,7 +385,7 @@ def test_fault_hooks_are_called_under_a_step_that_is_wrapped_by_functools():
     assert seen
 
 
-def test_fault_forwards_of_two_threads_are_both_recorded():
+def test_forwards_of_two_threads_are_both_recorded():
     head = nn.Linear(512, 4, bias=False)
     optimizer = ProjectedSGD(head.parameters(), lr=0.0)
     optimizer.attach(head)
@@ -396,3 +399,44 @@ def test_fault_forwards_of_two_threads_are_both_recorded():
             thread.join()
         assert optimizer._observed[head.weight].count == 16000
         optimizer._observed.clear()
+
+
+def test_a_gradient_of_zeros_without_memory():
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = ProjectedSGD([weight], lr=0.1, momentum=0.9)
+    for grad in (torch.ones(3), torch._efficientzerotensor((3,))):
+        weight.grad = grad
+        optimizer.step()
+    torch.testing.assert_close(weight.detach(), torch.full((3,), 1 - 0.1 - 0.09))
+
+
+def test_nothing_of_what_is_gone_is_kept():
+    head = nn.Linear(6, 3)
+    optimizer = ProjectedSGD(head.parameters(), lr=0.1)
+    optimizer.attach(head)
+    for t in range(3):
+        head(randn(4, 6, seed=t)).sum().backward()
+        optimizer.step()
+    rows = weakref.ref(optimizer.state[head.weight]["base"])
+    grad = weakref.ref(head.weight.grad)
+    optimizer.zero_grad()
+    optimizer.state.clear()
+    head.weight.requires_grad_(False)
+    head.bias.grad = torch.ones(3)
+    optimizer.step()
+    gc.collect()
+    assert rows() is None and grad() is None
+
+
+def test_a_dispatch_mode_sees_the_operations():
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    head, seen = nn.Linear(6, 3), []
+    optimizer = ProjectedSGD(head.parameters(), lr=0.1)
+    head(randn(4, 6)).sum().backward()
+    with Seen():
+        optimizer.step()
+    assert seen

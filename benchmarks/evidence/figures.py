@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -75,11 +76,12 @@ def tolerance(lrs: Sequence[float], drawn: Mapping[str, Mapping[str, Mapping[str
     figure, axes = canvas(len(drawn), len(next(iter(drawn.values()))), 3.2, 2.7)
     for ax_row, (epoch, datasets) in zip(axes, drawn.items(), strict=True):
         for ax, (dataset, methods) in zip(ax_row, datasets.items(), strict=True):
-            colors = iter(COLORS)
+            others, ours = itertools.cycle(COLORS[1:]), itertools.cycle(("-", ":"))
             for title, found in methods.items():
-                color = STRONG if title.startswith("Alternation alone") else next(colors, MUTED)
-                style = "-" if title.startswith("MLA") else "--"
-                ax.plot(lrs, found, style, marker="o", markersize=3, linewidth=1.4, color=color, label=title)
+                mla = title.startswith("MLA")
+                color = COLORS[0] if mla else STRONG if title == METHODS["alternating"].title else next(others)
+                style, width = (next(ours), 2.2) if mla else ("--", 1.2)
+                ax.plot(lrs, found, style, marker="o", markersize=3, linewidth=width, color=color, label=title)
             ax.set(title=f"{dataset}, {epoch} epoch", xscale="log", xlabel="lr", ylabel="test accuracy, %")
     labels = axes[0][0].get_legend_handles_labels()
     figure.legend(*labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)

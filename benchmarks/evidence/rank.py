@@ -244,6 +244,17 @@ def page(study: Study, out: Path) -> None:
     are means over the pairs of runs with the same data and seed, with 95 % intervals over the pairs (Student's t);
     worst: the data set that gains the least. rank="auto" is dense at width 128, and R = 64 at width 512. """
     text += f"At most {study.samples} training samples are used: {', '.join(cut)}." if cut else ""
+    for source in study.sources:
+        alphas = {width: [None, *(study.alpha(source, width, name) for name in ALPHAS)] for width in WIDTHS}
+        runs = [
+            study.run(source, width, alpha, rank, seed)
+            for seed in range(study.seeds)
+            for width, each in alphas.items()
+            for alpha in each
+            for rank in (FORMS.values() if alpha is not None else [None])
+        ]
+        made = sum(run.key in study.results.found for run in runs)
+        text += f" Of {Path(source).stem} only {made} of {len(runs)} runs were made." if made < len(runs) else ""
     reduced = {name: rank for name, rank in FORMS.items() if rank is not None}
     tables = [
         gains(study, "test", "Test accuracy minus that of dense P, points", reduced, dense=True),

@@ -23,7 +23,8 @@ class AMST(MeanFused):
 
     The authors set a factor for each modality and data set by hand, after how fast it converges alone, and skip whole
     epochs. Here the weakest is the modality with the highest running mean of the training loss when the epoch begins,
-    one factor serves the others, and batches are skipped, as often; before every modality has stepped, nothing is.
+    one factor serves the others, and batches are skipped, as often; the first that is taken is drawn anew each epoch.
+    Before every modality has stepped, nothing is skipped.
     """
 
     def __init__(self, encoders: dict[str, nn.Module], head: nn.Linear, factor: int) -> None:
@@ -38,8 +39,10 @@ class AMST(MeanFused):
         return set(self.modalities) - {self.modalities[int(self.losses.argmax())]}
 
     def steps(self, data: MultimodalData, batch_size: int, order: str, generator: torch.Generator) -> list[Step]:
-        skipping, turn, kept = self.skipping(), Counter(), []
-        for step in super().steps(data, batch_size, order, generator):
+        steps, skipping, kept = super().steps(data, batch_size, order, generator), self.skipping(), []
+        first = int(torch.randint(self.factor, (), generator=generator, device=generator.device))
+        turn = Counter(dict.fromkeys(self.modalities, -first))
+        for step in steps:
             (modality,) = step.modalities
             if modality not in skipping or turn[modality] % self.factor == 0:
                 kept.append(step)
@@ -54,5 +57,5 @@ class AMST(MeanFused):
 
 
 def build_amst(data: MultimodalData, s: Setting) -> Built:
-    model = AMST(s.encoders(data), head_of(data, s.width), factor=int(s.own))
+    model = AMST(s.encoders(data), head_of(data, s.width), factor=max(1, int(s.own)))
     return model, s.sgd(model)
