@@ -46,12 +46,14 @@ __global__ void __launch_bounds__(kMaxThreads)
   __syncthreads();
 
   const double beta = update.beta;
-  const auto p = [&](int i) { return lambda[i] < beta ? beta - lambda[i] : 0.0; };
+  // At least what is rounding: none becomes negative over the compressions. NaN stays visible.
+  const double least = double(kRankNoise<A>) * beta;
+  const auto p = [&](int i) { return beta - lambda[i] < least ? least : beta - lambda[i]; };
   double dropped = 0;
   for (int i = lane_index(); i < R; i += kWarp) dropped += place[i] < keep ? 0.0 : p(i);
   dropped = warp_sum(dropped);
   double rest = s > keep ? (dropped + double(s - R) * beta) / double(s - keep) : beta;
-  rest = rest > 0 ? rest : 0;  // more rows than s: their sum is 0 to rounding
+  rest = rest < 0 ? 0 : rest;  // more rows than s: their sum is 0 to rounding
 
   // Row i of M becomes what K's rows are multiplied by. p_i ≤ β' ≤ β; a direction that is not there becomes a row of 0.
   for (int i = warp_index(); i < R; i += warp_count()) {

@@ -29,7 +29,8 @@ struct RankForm {
   A* k;           // (s)
   A* Z;           // (C, s): G P_{t-1}, where the gradient waits for P_t
   A* h_dot_k;     // (slices): parts of h̄ᵀk
-  A* k_dot_k;     // (slices): and of |k|²
+  A* k_dot_k;     // (slices): of |k|²
+  A* h_dot_h;     // (slices): of |h̄|²
   A* grad_dot_k;  // (C, slices): and of G k
   A* kept;        // (capacity / 2, s): the rows after a compression
   uintptr_t end;  // of that memory
@@ -52,6 +53,7 @@ struct RankForm {
     take(Z, C * s);
     take(h_dot_k, parts);
     take(k_dot_k, parts);
+    take(h_dot_h, parts);
     take(grad_dot_k, C * parts);
     take(kept, R / 2 * s);
   }
@@ -71,7 +73,7 @@ struct RankForm {
 template <typename A>
 struct RankUpdate {
   bool absorbed;  // d is finite and above 0; else all stays as it is
-  bool adds_row;  // k is more than rounding, which would make P indefinite
+  bool adds_row;  // P has something left along h̄
   bool is_full;   // the row is the last that there is room for
   A root;         // √d
   A keep;         // 1 − ρ
@@ -83,11 +85,14 @@ struct RankUpdate {
   __device__ RankUpdate(const RankForm<A>& P, const Hyperparameters& hyper)
       : keep(static_cast<A>(1.0 - hyper.forget)), forget(static_cast<A>(hyper.forget)), factor(sqrt(keep)) {
     const A h_dot_k = sum_of(P.h_dot_k, slices(P.s));
-    // In exact arithmetic h̄ᵀk ≥ |k|²/β, as 0 ⪯ P ⪯ βI. With the larger of the two no row takes more than P has.
+    // In exact arithmetic h̄ᵀk ≥ |k|²/β, as 0 ⪯ P ⪯ βI. The larger of the two, as rounding may break that. And k is
+    // P h̄ only to within ε β |h̄|: a smaller d would let its error make P indefinite.
     const A least = sum_of(P.k_dot_k, slices(P.s)) / *P.old_beta;
-    const A d = alpha_of<A>(hyper) + (h_dot_k > least ? h_dot_k : least);
+    const A noise = kRankNoise<A> * *P.old_beta * sum_of(P.h_dot_h, slices(P.s));
+    const A alpha = alpha_of<A>(hyper);
+    const A d = (noise > alpha ? noise : alpha) + (least > h_dot_k ? least : h_dot_k);
     absorbed = isfinite(d) && d > A(0);
-    adds_row = absorbed && h_dot_k >= least / 2;
+    adds_row = absorbed && h_dot_k >= noise;
     root = sqrt(d);
     beta = absorbed ? keep * *P.old_beta + forget : *P.old_beta;
     count = *P.old_count + (adds_row ? 1 : 0);

@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kProductThreads) rank_products_kernel(const Ar
 }
 
 /// Second launch: Z = β [G; h̄] − t K. Each block has a slice of columns and a group of gradients, each warp some rows
-/// of K. The weights step, unless the gradient waits for P_t, and k is written with its parts of h̄ᵀk and |k|².
+/// of K. The weights step, unless the gradient waits for P_t, and k is written with its parts of h̄ᵀk, |k|² and |h̄|².
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 1) rank_project_kernel(const Arguments<T> a) {
   using A = accumulate_t<T>;
@@ -192,10 +192,11 @@ __global__ void __launch_bounds__(kThreads, 1) rank_project_kernel(const Argumen
     k = projected(h, kClasses);  // 0 where the column is not there
     if (group == 0 && warp == 0) {
       if (is_there) a.P.k[column] = k;
-      const A h_dot_k = warp_sum(h * k), k_dot_k = warp_sum(k * k);
+      const A h_dot_k = warp_sum(h * k), k_dot_k = warp_sum(k * k), h_dot_h = warp_sum(h * h);
       if (lane == 0) {
         a.P.h_dot_k[slice] = h_dot_k;
         a.P.k_dot_k[slice] = k_dot_k;
+        a.P.h_dot_h[slice] = h_dot_h;
       }
     }
   }
