@@ -43,16 +43,16 @@ stage() {
 parallel=$("$PYTHON" -c 'import xdist' 2>/dev/null && echo "-n 8")
 if [ "$DEVICE" = cuda ]; then
   [ -x /usr/local/cuda/bin/nvcc ] && export CUDA_HOME=${CUDA_HOME:-/usr/local/cuda}
-  stage build 110 env TORCH_CUDA_ARCH_LIST="$capability" MLA_EXT_CUDA=on \
+  stage build 90 env TORCH_CUDA_ARCH_LIST="$capability" MLA_EXT_CUDA=on \
     "$PYTHON" -m pip install --no-build-isolation --no-deps --no-index -e .
-  stage info 20 "$PYTHON" -m mla_ext info
+  stage info 10 "$PYTHON" -m mla_ext info
   # shellcheck disable=SC2086
-  stage tests 130 "$PYTHON" -m pytest -q $parallel --ignore tests/test_packaging.py --ignore tests/test_cuda_compile.py \
+  stage tests 110 "$PYTHON" -m pytest -q $parallel --ignore tests/test_packaging.py --ignore tests/test_cuda_compile.py \
     --ignore tests/test_cuda_emulation.py --ignore tests/test_cuda_rank.py --ignore tests/test_recorder.py
   # Importing torch alone takes a minute under a sanitizer. racecheck sees shared memory only.
   for tool in memcheck racecheck; do
     if command -v compute-sanitizer >/dev/null; then
-      stage "$tool" 90 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+      stage "$tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 9 \
         "$PYTHON" -m pytest -q -x tests/gpu/test_shapes.py -k "cuda and float32 and ((dense and small) or (rank and odd))"
     fi
   done
@@ -65,10 +65,10 @@ else
   stage racecheck 120 env MLA_EXT_EMULATED="$OUT/recorded/driver" "$PYTHON" -m pytest -q tests/gpu -k "float32"
   benchmarks=cpu
 fi
-stage step 45 "$PYTHON" -m benchmarks.speed.step --quick --device $benchmarks --out "$OUT"
-stage head_step 60 "$PYTHON" -m benchmarks.speed.head_step --quick --device $benchmarks --out "$OUT"
-stage fusion 35 "$PYTHON" -m benchmarks.speed.fusion --quick --device $benchmarks --out "$OUT"
-stage training 25 "$PYTHON" -m benchmarks.speed.training --quick --device $benchmarks --out "$OUT"
-stage host_time 15 "$PYTHON" -m benchmarks.speed.host_time --device $benchmarks --out "$OUT"
+stage step 35 "$PYTHON" -m benchmarks.speed.step --quick --device $benchmarks --out "$OUT"
+stage head_step 45 "$PYTHON" -m benchmarks.speed.head_step --quick --device $benchmarks --out "$OUT"
+stage fusion 25 "$PYTHON" -m benchmarks.speed.fusion --quick --device $benchmarks --out "$OUT"
+stage training 20 "$PYTHON" -m benchmarks.speed.training --quick --device $benchmarks --out "$OUT"
+stage host_time 25 "$PYTHON" -m benchmarks.speed.host_time --device $benchmarks --out "$OUT"
 cat "$summary"
 exit $failed
