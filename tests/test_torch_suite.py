@@ -134,6 +134,13 @@ def assert_equal(ours, theirs, **tolerance):
         torch.testing.assert_close(a.detach(), b.detach(), **({"rtol": 0, "atol": 0} | tolerance))
 
 
+def assert_same_steps(*pairs):
+    """Two optimizers, each with its parameters, go on to the same bits."""
+    for optimizer, params in pairs:
+        steps(optimizer, params)
+    assert_equal(*(params for _, params in pairs))
+
+
 def state_of(optimizer):
     state = optimizer.state_dict()["state"]
     return {(index, name): value for index, values in state.items() for name, value in values.items()}
@@ -419,9 +426,7 @@ def test_a_loaded_state_goes_on_to_the_bit(info, names):
         other.load_state_dict(saved)
         assert_same_state(optimizer, other)
         assert ("param_names" in other.param_groups[0]) == any(names), desc
-        for pair in ((optimizer, params), (other, others)):
-            steps(*pair)
-        assert_equal(params, others)
+        assert_same_steps((optimizer, params), (other, others))
         assert_same_state(optimizer, other)
 
 
@@ -450,9 +455,7 @@ def test_a_state_in_a_file(info):
         others, other = another(info, options, params)
         other.load_state_dict(read)
         assert_same_state(optimizer, other)
-        for pair in ((optimizer, params), (other, others)):
-            steps(*pair)
-        assert_equal(params, others)
+        assert_same_steps((optimizer, params), (other, others))
 
 
 @every
@@ -465,9 +468,7 @@ def test_steps_may_be_numbers(info):
                 state["step"] = state["step"].item()
         others, other = another(info, options, params)
         other.load_state_dict(saved)
-        for pair in ((optimizer, params), (other, others)):
-            steps(*pair)
-        assert_equal(params, others), desc
+        assert_same_steps((optimizer, params), (other, others)), desc
 
 
 @every
@@ -504,9 +505,7 @@ def test_copies(info):
             assert public <= vars(other).keys(), desc
             assert_same_state(optimizer, other)
             mine, its = copy.deepcopy((params, optimizer))
-            for pair in ((its, mine), (other, others)):
-                steps(*pair)
-            assert_equal(mine, others)
+            assert_same_steps((its, mine), (other, others))
 
 
 @every

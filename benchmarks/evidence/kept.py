@@ -9,7 +9,6 @@ accuracies are of whole trainings by the reference. Writes rank_kept.md and rank
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -21,11 +20,10 @@ from torch import Tensor
 
 from mla_ext import reference
 
-from .. import RESULTS
 from .methods import ALPHA
-from .rank import EPOCHS, SAMPLES, RankRun, execute
+from .rank import RankRun, execute, parser_of
 from .report import Table, difference, percent, write
-from .runs import Results, workers
+from .runs import Results
 
 WIDTHS, RANKS = (128, 512), (64, 16)
 Compress = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
@@ -155,15 +153,7 @@ def fused(result: dict[str, Any], epoch: str) -> float | None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", nargs="+", default=["digits"], help='files, or "digits" for the built-in data')
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=EPOCHS)
-    parser.add_argument("--samples", type=int, default=SAMPLES, help="of the training split, at most")
-    parser.add_argument("--workers", type=int, default=workers(), help="runs at a time (default: one a core)")
-    parser.add_argument("--runs", type=Path, default=Path("runs/kept.jsonl"), help="where results are kept")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    arguments = parser.parse_args(argv)
+    arguments = parser_of(__doc__, "runs/kept.jsonl").parse_args(argv)
     torch.set_num_threads(1)
     limits = (arguments.epochs, arguments.samples)
     streams = [row for source in arguments.data for width in WIDTHS for row in stream(source, width, *limits)]

@@ -266,15 +266,21 @@ def page(study: Study, out: Path) -> None:
     write(out / "rank", "The rank form against dense P", text, tables)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of(description: str | None, runs: str) -> argparse.ArgumentParser:
+    """The command line of a study of the rank form. `runs`: where its results are kept, unless the user says so."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", default=["digits"], help='files, or "digits" for the built-in data')
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--samples", type=int, default=SAMPLES, help="of the training split, at most")
     parser.add_argument("--workers", type=int, default=workers(), help="runs at a time (default: one a core)")
-    parser.add_argument("--runs", type=Path, default=Path("runs/rank.jsonl"), help="where results are kept")
+    parser.add_argument("--runs", type=Path, default=Path(runs), help="where results are kept")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = parser_of(__doc__, "runs/rank.jsonl")
     arguments = parser.parse_args(argv)
     if arguments.seeds < 2:
         parser.error(f"--seeds: expected at least 2, got {arguments.seeds}")

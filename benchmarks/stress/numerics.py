@@ -189,28 +189,36 @@ def run_flushed(case: Case) -> tuple[float, float, float, float]:
     return plain.seconds * per_step, flushed.seconds * per_step, P, W
 
 
+def heading(columns: str) -> list[str]:
+    """Of a table in Markdown."""
+    return [columns, "|---" * (columns.count(" | ") + 1) + "|"]
+
+
+SPECTRUM = "\\|P − Pᵀ\\| | eigenvalues of P | in float64 |"
+
+
+def spectrum(records: list[Record]) -> str:
+    """The columns of SPECTRUM, the last ones of both tables."""
+    last, lowest = records[-1], min(r.lowest for r in records)
+    return (
+        f"{max(r.asymmetry for r in records):g} | {last.lowest:.2g} … {last.highest:.3g} "
+        f"(lowest ever {lowest:.2g}) | {last.lowest64:.2g} … {last.highest64:.3g} |"
+    )
+
+
 def table(results: dict[Case, list[Record]]) -> list[str]:
-    lines = [
-        "| features | s | steps | error of P | largest on the way | error of W | \\|P − Pᵀ\\| | eigenvalues of P "
-        "| in float64 |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    lines = heading(f"| features | s | steps | error of P | largest on the way | error of W | {SPECTRUM}")
     for case, records in results.items():
         last = records[-1]
         lines.append(
             f"| {case.name} | {case.s} | {case.steps:,} | {last.P_error:.1e} | {max(r.P_error for r in records):.1e} "
-            f"| {last.W_error:.1e} | {max(r.asymmetry for r in records):g} | {last.lowest:.2g} … {last.highest:.3g} "
-            f"(lowest ever {min(r.lowest for r in records):.2g}) | {last.lowest64:.2g} … {last.highest64:.3g} |"
+            f"| {last.W_error:.1e} | {spectrum(records)}"
         )
     return lines
 
 
 def rank_table(results: dict[Case, list[Record]]) -> list[str]:
-    lines = [
-        "| features | s | R | steps | error of P's trace | of P | of W | \\|P − Pᵀ\\| | eigenvalues of P "
-        "| in float64 |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    lines = heading(f"| features | s | R | steps | error of P's trace | of P | of W | {SPECTRUM}")
     for case, records in results.items():
         last = records[-1]
         errors = (
@@ -219,8 +227,7 @@ def rank_table(results: dict[Case, list[Record]]) -> list[str]:
         )
         lines.append(
             f"| {case.name} | {case.s} | {case.options['rank']} | {case.steps:,} | {' | '.join(errors)} "
-            f"| {max(r.asymmetry for r in records):g} | {last.lowest:.2g} … {last.highest:.3g} "
-            f"(lowest ever {min(r.lowest for r in records):.2g}) | {last.lowest64:.2g} … {last.highest64:.3g} |"
+            f"| {spectrum(records)}"
         )
     return lines
 

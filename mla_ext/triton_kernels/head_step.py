@@ -18,8 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import Hyperparameters
-from .launch import numbers_or_pointers, on, read
-from .sgd import WEIGHT_COLUMNS, advance, is_skipped, read_forget, read_sgd, sgd, step_class
+from .launch import numbers_and_tensors, on, read
+from .sgd import NO_HEAD, WEIGHT_COLUMNS, Head, advance, is_skipped, read_forget, read_sgd, sgd, step_class
 
 __all__ = ["MM_FROM", "head_step_", "rls_update_"]
 
@@ -76,13 +76,10 @@ def updated_tile(projection, k, rows, columns, s, sign, root, keep, forget, dtyp
 
 @triton.jit
 def product_kernel(
-    weight,
-    grad,
-    momentum_buffer,
+    head,
     projection,
     feature_mean,
     step,
-    grad_scale,
     found_inf,
     projected,
     k,
@@ -90,13 +87,10 @@ def product_kernel(
     C,
     s,
     lr: tl.float64,
-    lr_tensor,
     momentum: tl.float64,
-    momentum_tensor,
     dampening: tl.float64,
-    dampening_tensor,
     weight_decay: tl.float64,
-    weight_decay_tensor,
+    tensors,
     NESTEROV: tl.constexpr,
     MAXIMIZE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -126,9 +120,9 @@ def product_kernel(
         )
         if feature_mean is not None:  # never on tensor cores: k and d keep their full precision
             products += P * tl.load(feature_mean + columns, columns < s, other=0.0)[None, :]
-        if grad is not None:
+        if head.grad is not None:
             offsets = classes.to(tl.int64)[:, None] * s + columns[None, :]
-            G = tl.load(grad + offsets, (classes < C)[:, None] & inside, other=0.0).to(dtype)
+            G = tl.load(head.grad + offsets, (classes < C)[:, None] & inside, other=0.0).to(dtype)
             if SUMMED:
                 class_products += G[:, None, :] * P[None, :, :]
             else:
@@ -139,7 +133,7 @@ def product_kernel(
         own_part = tl.sum(own_k * tl.load(feature_mean + rows, rows < s, other=0.0))
         tl.store(k + rows, own_k, rows < s)
         tl.store(mean_dot_k + tl.program_id(0), own_part)
-    if grad is not None:
+    if head.grad is not None:
         if SUMMED:
             Z = tl.sum(class_products, axis=2)
         offsets = classes.to(tl.int64)[:, None] * s + rows[None, :]
@@ -147,32 +141,8 @@ def product_kernel(
         if projected is not None:
             tl.store(projected + offsets, Z, mask)
         else:
-            rate, inertia, undamped, decay = read_sgd(
-                lr,
-                lr_tensor,
-                momentum,
-                momentum_tensor,
-                dampening,
-                dampening_tensor,
-                weight_decay,
-                weight_decay_tensor,
-                dtype,
-            )
-            sgd(
-                weight,
-                momentum_buffer,
-                offsets,
-                mask,
-                Z,
-                grad_scale,
-                tl.load(step) == 0,
-                rate,
-                inertia,
-                undamped,
-                decay,
-                NESTEROV,
-                MAXIMIZE,
-            )
+            rates = read_sgd(lr, momentum, dampening, weight_decay, tensors, dtype)
+            sgd(head, offsets, mask, Z, tl.load(step) == 0, rates, NESTEROV, MAXIMIZE)
 
 
 @triton.jit
@@ -185,9 +155,8 @@ def norm_kernel(
     parts,
     s,
     alpha: tl.float64,
-    alpha_tensor,
     forget: tl.float64,
-    forget_tensor,
+    tensors,
     PARTS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -195,8 +164,8 @@ def norm_kernel(
     if is_skipped(found_inf):
         return
     dtype: tl.constexpr = projection.dtype.element_ty
-    _absorbed, sign, root = rank_one(mean_dot_k, parts, alpha, alpha_tensor, PARTS, dtype)
-    keep, rho = read_forget(forget, forget_tensor, dtype)
+    _absorbed, sign, root = rank_one(mean_dot_k, parts, alpha, tensors.alpha, PARTS, dtype)
+    keep, rho = read_forget(forget, tensors.forget, dtype)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     sums = tl.zeros((ROWS, COLUMNS), dtype)
     for first in range(0, s, COLUMNS):
@@ -208,10 +177,7 @@ def norm_kernel(
 
 @triton.jit
 def finish_kernel(
-    weight,
-    grad,
-    momentum_buffer,
-    grad_scale,
+    head,
     projection,
     step,
     found_inf,
@@ -223,17 +189,12 @@ def finish_kernel(
     row_parts,
     s,
     lr: tl.float64,
-    lr_tensor,
     momentum: tl.float64,
-    momentum_tensor,
     dampening: tl.float64,
-    dampening_tensor,
     weight_decay: tl.float64,
-    weight_decay_tensor,
     alpha: tl.float64,
-    alpha_tensor,
     forget: tl.float64,
-    forget_tensor,
+    tensors,
     NESTEROV: tl.constexpr,
     MAXIMIZE: tl.constexpr,
     CORRECT: tl.constexpr,
@@ -251,12 +212,12 @@ def finish_kernel(
     if step is not None and projected is None:
         advance(step, program == 0)
     dtype: tl.constexpr = projection.dtype.element_ty
-    keep, rho = read_forget(forget, forget_tensor, dtype)
+    keep, rho = read_forget(forget, tensors.forget, dtype)
     absorbed = False
     sign = tl.full((), 1.0, dtype)
     root = tl.full((), 1.0, dtype)
     if k is not None:
-        absorbed, sign, root = rank_one(mean_dot_k, parts, alpha, alpha_tensor, PARTS, dtype)
+        absorbed, sign, root = rank_one(mean_dot_k, parts, alpha, tensors.alpha, PARTS, dtype)
     norm = frobenius_norm(squares, row_parts, ROW_PARTS, dtype)
     if program < row_parts:
         if absorbed:
@@ -268,37 +229,18 @@ def finish_kernel(
                     P = P / norm
                 tl.store(projection + offsets, P, mask)
     elif projected is not None:
-        rate, inertia, undamped, decay = read_sgd(
-            lr,
-            lr_tensor,
-            momentum,
-            momentum_tensor,
-            dampening,
-            dampening_tensor,
-            weight_decay,
-            weight_decay_tensor,
-            dtype,
-        )
+        rates = read_sgd(lr, momentum, dampening, weight_decay, tensors, dtype)
+        update = (absorbed, sign, root, norm, keep, rho)
+        first_step = tl.load(step) == 1  # `product` has advanced it
         step_class(
             program - row_parts,
-            weight,
-            grad,
-            momentum_buffer,
-            grad_scale,
+            head,
             projected,
             k,
             s,
-            tl.load(step) == 1,  # `product` has advanced it
-            absorbed,
-            sign,
-            root,
-            norm,
-            rate,
-            inertia,
-            undamped,
-            decay,
-            keep,
-            rho,
+            first_step,
+            update,
+            rates,
             CORRECT,
             NESTEROV,
             MAXIMIZE,
@@ -358,28 +300,26 @@ def head_step_(
     squares = torch.empty(row_parts, **like) if absorbs and hyper.normalize else None
     projected = torch.empty(C, s, **like) if is_late else None
 
-    sgd_numbers = numbers_or_pointers(device, hyper.lr, hyper.momentum, hyper.dampening, hyper.weight_decay)
-    rls_numbers = numbers_or_pointers(device, hyper.alpha, hyper.forget)
+    head = Head(weight, grad, momentum_buffer, grad_scale)
+    numbers, tensors = numbers_and_tensors(hyper, device)
     flags = (hyper.nesterov, hyper.maximize)
     PARTS, ROW_PARTS = triton.next_power_of_2(parts), triton.next_power_of_2(max(row_parts, 1))
 
     with on(device):
         if absorbs or grad is not None:
             product_kernel[(parts if absorbs or not by_mm else 1,)](
-                weight,
-                None if by_mm else grad,
-                momentum_buffer,
+                NO_HEAD if by_mm else head,
                 projection,
                 feature_mean,
                 step,
-                grad_scale,
                 found_inf,
                 projected,
                 k,
                 mean_dot_k,
                 C,
                 s,
-                *sgd_numbers,
+                *numbers[:4],
+                tensors,
                 *flags,
                 product_precision(),
                 C <= SUMMED_CLASSES,
@@ -400,13 +340,14 @@ def head_step_(
                 squares,
                 parts,
                 s,
-                *rls_numbers,
+                *numbers[4:],
+                tensors,
                 PARTS,
                 UPDATE_ROWS,
                 UPDATE_COLUMNS,
             )
         finish_kernel[(max(row_parts + (C if is_late else 0), 1),)](
-            *((weight, grad, momentum_buffer, grad_scale) if is_late else (None, None, None, None)),
+            head if is_late else NO_HEAD,
             projection,
             step,
             found_inf,
@@ -417,8 +358,8 @@ def head_step_(
             parts,
             row_parts,
             s,
-            *sgd_numbers,
-            *rls_numbers,
+            *numbers,
+            tensors,
             *flags,
             corrects,
             PARTS,

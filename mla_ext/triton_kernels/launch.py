@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["numbers_or_pointers", "on", "read"]
+from ..reference import Hyperparameters
+
+__all__ = ["Tensors", "numbers_and_tensors", "on", "read"]
 
 
 @triton.jit
@@ -21,16 +24,24 @@ def read(value, pointer, dtype: tl.constexpr):
     return number
 
 
-def numbers_or_pointers(device: torch.device, *values: float | Tensor) -> list[float | Tensor | None]:
-    """`value` and `pointer` of `read`, for each. A tensor on `device` is read there, so that nothing here waits for it
-    and a captured graph sees it change; one on the CPU is read here, where that is free."""
-    pairs: list[float | Tensor | None] = []
-    for value in values:
-        if not isinstance(value, Tensor):
-            pairs += [float(value), None]
-        else:
-            pairs += [0.0, value] if value.device == device else [value.item(), None]
-    return pairs
+class Tensors(NamedTuple):
+    """The hyperparameters that kernels read from device memory; None: its number is an argument of its own. (A number
+    in a tuple would be a float32 to Triton.)"""
+
+    lr: Tensor | None
+    momentum: Tensor | None
+    dampening: Tensor | None
+    weight_decay: Tensor | None
+    alpha: Tensor | None
+    forget: Tensor | None
+
+
+def numbers_and_tensors(hyper: Hyperparameters, device: torch.device) -> tuple[list[float], Tensors]:
+    """`value` and `pointer` of `read`, in the order of `Tensors`. A tensor on `device` is read there, so that nothing
+    here waits for it and a captured graph sees it change; one on the CPU is read here, where that is free."""
+    values = [getattr(hyper, name) for name in Tensors._fields]
+    tensors = Tensors(*(v if isinstance(v, Tensor) and v.device == device else None for v in values))
+    return [float(v) if t is None else 0.0 for v, t in zip(values, tensors, strict=True)], tensors
 
 
 def on(device: torch.device) -> AbstractContextManager[object]:

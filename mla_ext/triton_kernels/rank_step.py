@@ -22,8 +22,8 @@ from ..step import HeadStep
 from .compress import gram, rotate_kernel, strongest
 from .eigen import ANGLES, PAIRS
 from .head_step import MM_FROM
-from .launch import numbers_or_pointers, on, read
-from .sgd import WEIGHT_COLUMNS, advance, is_skipped, read_forget, read_sgd, sgd, step_class
+from .launch import numbers_and_tensors, on, read
+from .sgd import NO_HEAD, WEIGHT_COLUMNS, Head, advance, is_skipped, read_forget, read_sgd, sgd, step_class
 
 __all__ = ["rank_step_"]
 
@@ -96,15 +96,12 @@ def rows_product_kernel(
 
 @triton.jit
 def rank_finish_kernel(
-    weight,
-    grad,
-    momentum_buffer,
+    head,
     beta,
     rows,
     count,
     feature_mean,
     step,
-    grad_scale,
     found_inf,
     products,
     parts,
@@ -115,13 +112,10 @@ def rank_finish_kernel(
     s,
     R,
     lr: tl.float64,
-    lr_tensor,
     momentum: tl.float64,
-    momentum_tensor,
     dampening: tl.float64,
-    dampening_tensor,
     weight_decay: tl.float64,
-    weight_decay_tensor,
+    tensors,
     NESTEROV: tl.constexpr,
     MAXIMIZE: tl.constexpr,
     PARTS_AT_ONCE: tl.constexpr,
@@ -148,7 +142,7 @@ def rank_finish_kernel(
             t += tl.sum(tl.load(products + offsets, mask, other=0.0), axis=0)
         K = used_tile(rows, r, columns, used, s)
         removed = tl.dot(t, K, removed, input_precision="ieee", out_dtype=dtype)
-    Z = tl.load(beta) * stacked(grad, feature_mean, vectors, columns, C, s, dtype) - removed
+    Z = tl.load(beta) * stacked(head.grad, feature_mean, vectors, columns, C, s, dtype) - removed
 
     inside = columns < s
     if feature_mean is not None:
@@ -159,38 +153,14 @@ def rank_finish_kernel(
         tl.store(dots + program, tl.sum(own_k * h))
         tl.store(dots + blocks + program, tl.sum(tl.where(inside, own_k * own_k, 0.0)))
         tl.store(dots + 2 * blocks + program, tl.sum(h * h))
-    if grad is not None:
+    if head.grad is not None:
         offsets = vectors.to(tl.int64)[:, None] * s + columns[None, :]
         mask = (vectors < C)[:, None] & inside[None, :]
         if projected is not None:
             tl.store(projected + offsets, Z, mask)
         else:
-            rate, inertia, undamped, decay = read_sgd(
-                lr,
-                lr_tensor,
-                momentum,
-                momentum_tensor,
-                dampening,
-                dampening_tensor,
-                weight_decay,
-                weight_decay_tensor,
-                dtype,
-            )
-            sgd(
-                weight,
-                momentum_buffer,
-                offsets,
-                mask,
-                Z,
-                grad_scale,
-                tl.load(step) == 0,
-                rate,
-                inertia,
-                undamped,
-                decay,
-                NESTEROV,
-                MAXIMIZE,
-            )
+            rates = read_sgd(lr, momentum, dampening, weight_decay, tensors, dtype)
+            sgd(head, offsets, mask, Z, tl.load(step) == 0, rates, NESTEROV, MAXIMIZE)
 
 
 @triton.jit
@@ -216,14 +186,11 @@ def new_row(dots, blocks, beta, alpha, alpha_tensor, NOISE: tl.constexpr, BLOCKS
 
 @triton.jit
 def absorb_kernel(
-    weight,
-    grad,
-    momentum_buffer,
+    head,
     beta,
     rows,
     count,
     step,
-    grad_scale,
     found_inf,
     projected,
     k,
@@ -235,17 +202,12 @@ def absorb_kernel(
     R,
     span,
     lr: tl.float64,
-    lr_tensor,
     momentum: tl.float64,
-    momentum_tensor,
     dampening: tl.float64,
-    dampening_tensor,
     weight_decay: tl.float64,
-    weight_decay_tensor,
     alpha: tl.float64,
-    alpha_tensor,
     forget: tl.float64,
-    forget_tensor,
+    tensors,
     NESTEROV: tl.constexpr,
     MAXIMIZE: tl.constexpr,
     CORRECT: tl.constexpr,
@@ -262,12 +224,12 @@ def absorb_kernel(
         return
     dtype: tl.constexpr = rows.dtype.element_ty
     program = tl.program_id(0)
-    keep, rho = read_forget(forget, forget_tensor, dtype)
+    keep, rho = read_forget(forget, tensors.forget, dtype)
     absorbed = False
     becomes_row = tl.full((), 0, tl.int1)
     root = tl.full((), 1.0, dtype)
     if k is not None:
-        absorbed, becomes_row, root = new_row(dots, blocks, tl.load(beta), alpha, alpha_tensor, NOISE, BLOCKS, dtype)
+        absorbed, becomes_row, root = new_row(dots, blocks, tl.load(beta), alpha, tensors.alpha, NOISE, BLOCKS, dtype)
     if program < parts:
         used = tl.load(count)
         first = program * span
@@ -290,37 +252,18 @@ def absorb_kernel(
             tl.debug_barrier()  # the rows are written
             gram(rows, products + program * R * R, R, s, first, first + span, BLOCK_R, BLOCK_S)
     elif projected is not None:
-        rate, inertia, undamped, decay = read_sgd(
-            lr,
-            lr_tensor,
-            momentum,
-            momentum_tensor,
-            dampening,
-            dampening_tensor,
-            weight_decay,
-            weight_decay_tensor,
-            dtype,
-        )
+        rates = read_sgd(lr, momentum, dampening, weight_decay, tensors, dtype)
+        update = (absorbed, 1.0, root, 1.0, keep, rho)
+        first_step = tl.load(step) == 0
         step_class(
             program - parts,
-            weight,
-            grad,
-            momentum_buffer,
-            grad_scale,
+            head,
             projected,
             k,
             s,
-            tl.load(step) == 0,
-            absorbed,
-            1.0,
-            root,
-            1.0,
-            rate,
-            inertia,
-            undamped,
-            decay,
-            keep,
-            rho,
+            first_step,
+            update,
+            rates,
             CORRECT,
             NESTEROV,
             MAXIMIZE,
@@ -345,9 +288,8 @@ def count_rows_kernel(
     n,
     s,
     alpha: tl.float64,
-    alpha_tensor,
     forget: tl.float64,
-    forget_tensor,
+    tensors,
     NOISE: tl.constexpr,
     BLOCKS: tl.constexpr,
     PARTS: tl.constexpr,
@@ -363,8 +305,8 @@ def count_rows_kernel(
     if dots is not None:
         dtype: tl.constexpr = beta.dtype.element_ty
         number = tl.load(beta)
-        absorbed, becomes_row, _root = new_row(dots, blocks, number, alpha, alpha_tensor, NOISE, BLOCKS, dtype)
-        keep, rho = read_forget(forget, forget_tensor, dtype)
+        absorbed, becomes_row, _root = new_row(dots, blocks, number, alpha, tensors.alpha, NOISE, BLOCKS, dtype)
+        keep, rho = read_forget(forget, tensors.forget, dtype)
         number = tl.where(absorbed, keep * number + rho, number)
         used = tl.load(count) + becomes_row.to(tl.int64)
         full = used >= R
@@ -407,16 +349,16 @@ def rank_step_(step: HeadStep) -> None:
     factors = torch.empty(max(keep, 1), R, **like) if absorbs else None
     is_full = torch.empty((), dtype=torch.int32, device=device) if absorbs else None
 
-    sgd_numbers = numbers_or_pointers(device, hyper.lr, hyper.momentum, hyper.dampening, hyper.weight_decay)
-    rls_numbers = numbers_or_pointers(device, hyper.alpha, hyper.forget)
+    head = Head(weight, grad, step.momentum_buffer, step.grad_scale)
+    numbers, tensors = numbers_and_tensors(hyper, device)
     forgets = isinstance(hyper.forget, Tensor) or hyper.forget != 0
     BLOCKS, noise = triton.next_power_of_2(blocks), RANK_NOISE * torch.finfo(rows.dtype).eps
 
     with on(device):
         if sums is not None:
-            own_grad = None if by_mm else grad
+            own_head = NO_HEAD if by_mm else head
             rows_product_kernel[(parts, triton.cdiv(R, block_r))](
-                own_grad,
+                own_head.grad,
                 feature_mean,
                 rows,
                 count,
@@ -431,15 +373,12 @@ def rank_step_(step: HeadStep) -> None:
                 BLOCK_S,
             )
             rank_finish_kernel[(blocks,)](
-                weight,
-                own_grad,
-                step.momentum_buffer,
+                own_head,
                 beta,
                 rows,
                 count,
                 feature_mean,
                 step.step,
-                step.grad_scale,
                 step.found_inf,
                 sums,
                 parts,
@@ -449,7 +388,8 @@ def rank_step_(step: HeadStep) -> None:
                 classes,
                 s,
                 R,
-                *sgd_numbers,
+                *numbers[:4],
+                tensors,
                 hyper.nesterov,
                 hyper.maximize,
                 PARTS_AT_ONCE,
@@ -464,12 +404,11 @@ def rank_step_(step: HeadStep) -> None:
         spans = parts if absorbs else 0
         if absorbs or is_late:
             absorb_kernel[(spans + (C if is_late else 0),)](
-                *((weight, grad, step.momentum_buffer) if is_late else (None, None, None)),
+                head if is_late else NO_HEAD,
                 beta,
                 rows,
                 count,
                 step.step,
-                step.grad_scale,
                 step.found_inf,
                 projected,
                 k,
@@ -480,8 +419,8 @@ def rank_step_(step: HeadStep) -> None:
                 s,
                 R,
                 span,
-                *sgd_numbers,
-                *rls_numbers,
+                *numbers,
+                tensors,
                 hyper.nesterov,
                 hyper.maximize,
                 corrects,
@@ -508,7 +447,8 @@ def rank_step_(step: HeadStep) -> None:
             R,
             n,
             s,
-            *rls_numbers,
+            *numbers[4:],
+            tensors,
             noise,
             BLOCKS,
             triton.next_power_of_2(parts),

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .launch import read
 
-__all__ = ["WEIGHT_COLUMNS", "advance", "is_skipped", "read_forget", "read_sgd", "sgd", "step_class"]
+__all__ = ["NO_HEAD", "WEIGHT_COLUMNS", "Head", "advance", "is_skipped", "read_forget", "read_sgd", "sgd", "step_class"]
+
+
+class Head(NamedTuple):
+    """Of a `HeadStep`, what steps the weights. A launch that does not step them gets `NO_HEAD`."""
+
+    weight: Tensor | None
+    grad: Tensor | None
+    momentum_buffer: Tensor | None
+    grad_scale: Tensor | None
+
+
+NO_HEAD = Head(None, None, None, None)
 
 # Columns of a class that `step_class` works on at a time.
 WEIGHT_COLUMNS = 1024
@@ -28,21 +43,11 @@ def advance(step, is_chosen):
 
 
 @triton.jit
-def read_sgd(
-    lr,
-    lr_tensor,
-    momentum,
-    momentum_tensor,
-    dampening,
-    dampening_tensor,
-    weight_decay,
-    weight_decay_tensor,
-    dtype: tl.constexpr,
-):
-    """lr, momentum, 1 − dampening and weight_decay."""
-    undamped = (1.0 - read(dampening, dampening_tensor, tl.float64)).to(dtype)
-    decay = read(weight_decay, weight_decay_tensor, dtype)
-    return read(lr, lr_tensor, dtype), read(momentum, momentum_tensor, dtype), undamped, decay
+def read_sgd(lr, momentum, dampening, weight_decay, tensors, dtype: tl.constexpr):
+    """The `rates` of `sgd`: lr, momentum, 1 − dampening and weight_decay."""
+    undamped = (1.0 - read(dampening, tensors.dampening, tl.float64)).to(dtype)
+    decay = read(weight_decay, tensors.weight_decay, dtype)
+    return read(lr, tensors.lr, dtype), read(momentum, tensors.momentum, dtype), undamped, decay
 
 
 @triton.jit
@@ -53,69 +58,46 @@ def read_forget(forget, forget_tensor, dtype: tl.constexpr):
 
 
 @triton.jit
-def sgd(
-    weight,
-    momentum_buffer,
-    offsets,
-    mask,
-    z,
-    grad_scale,
-    first_step,
-    lr,
-    momentum,
-    undamped,
-    weight_decay,
-    NESTEROV: tl.constexpr,
-    MAXIMIZE: tl.constexpr,
-):
-    """torch.optim.SGD on the elements at `offsets`, given their projected gradient z."""
+def sgd(head, offsets, mask, z, first_step, rates, NESTEROV: tl.constexpr, MAXIMIZE: tl.constexpr):
+    """torch.optim.SGD on the elements of a `Head` at `offsets`, given their projected gradient z."""
+    lr, momentum, undamped, weight_decay = rates
     g = z
-    if grad_scale is not None:
-        g = g / tl.load(grad_scale).to(z.dtype)
+    if head.grad_scale is not None:
+        g = g / tl.load(head.grad_scale).to(z.dtype)
     if MAXIMIZE:
         g = -g
-    w = tl.load(weight + offsets, mask, other=0.0).to(z.dtype)
+    w = tl.load(head.weight + offsets, mask, other=0.0).to(z.dtype)
     g += weight_decay * w
-    if momentum_buffer is not None:
-        old = tl.load(momentum_buffer + offsets, mask, other=0.0)
+    if head.momentum_buffer is not None:
+        old = tl.load(head.momentum_buffer + offsets, mask, other=0.0)
         # The first buffer is the gradient itself; what is in memory then may be anything.
         new = tl.where(first_step, g, momentum * old + undamped * g)
-        tl.store(momentum_buffer + offsets, new, mask)
+        tl.store(head.momentum_buffer + offsets, new, mask)
         if NESTEROV:
             g += momentum * new
         else:
             g = new
-    tl.store(weight + offsets, w - lr * g, mask)
+    tl.store(head.weight + offsets, w - lr * g, mask)
 
 
 @triton.jit
 def step_class(
     c,
-    weight,
-    grad,
-    momentum_buffer,
-    grad_scale,
+    head,
     projected,
     k,
     s,
     first_step,
-    absorbed,
-    sign,
-    root,
-    norm,
-    lr,
-    momentum,
-    undamped,
-    weight_decay,
-    keep,
-    forget,
+    update,
+    rates,
     CORRECT: tl.constexpr,
     NESTEROV: tl.constexpr,
     MAXIMIZE: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """Steps class c with its Z = G P_{t-1}, or, to CORRECT it, with G P_t = ((1−ρ)(Z − sign(d) (G u) uᵀ) + ρG) / ‖P_t‖,
-    where P_t has absorbed u = k / root."""
+    where P_t has absorbed u = k / root. `update`: whether it has absorbed, sign(d), root, ‖P_t‖, 1−ρ and ρ."""
+    absorbed, sign, root, norm, keep, forget = update
     dtype: tl.constexpr = projected.dtype.element_ty
     start = c.to(tl.int64) * s
     grad_dot_u = tl.full((), 0.0, dtype)
@@ -124,7 +106,7 @@ def step_class(
         for first in range(0, s, COLUMNS):
             columns = first + tl.arange(0, COLUMNS)
             u = tl.load(k + columns, columns < s, other=0.0) / root
-            products += tl.load(grad + start + columns, columns < s, other=0.0).to(dtype) * u
+            products += tl.load(head.grad + start + columns, columns < s, other=0.0).to(dtype) * u
         grad_dot_u = sign * tl.sum(products)
 
     for first in range(0, s, COLUMNS):
@@ -132,21 +114,7 @@ def step_class(
         mask = columns < s
         z = tl.load(projected + start + columns, mask, other=0.0)
         if CORRECT:
-            g = tl.load(grad + start + columns, mask, other=0.0).to(dtype)
+            g = tl.load(head.grad + start + columns, mask, other=0.0).to(dtype)
             u = tl.load(k + columns, mask, other=0.0) / root
             z = tl.where(absorbed, ((z - grad_dot_u * u) * keep + forget * g) / norm, z)
-        sgd(
-            weight,
-            momentum_buffer,
-            start + columns,
-            mask,
-            z,
-            grad_scale,
-            first_step,
-            lr,
-            momentum,
-            undamped,
-            weight_decay,
-            NESTEROV,
-            MAXIMIZE,
-        )
+        sgd(head, start + columns, mask, z, first_step, rates, NESTEROV, MAXIMIZE)
