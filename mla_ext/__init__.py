@@ -15,8 +15,9 @@ from .ops import entropy_fusion
 from .optimizer import ProjectedSGD
 
 if TYPE_CHECKING:
-    from .multimodal.data import MultimodalData, digits, load_npz
+    from .multimodal.data import MultimodalData, digits
     from .multimodal.evaluate import evaluate, predict
+    from .multimodal.files import load_folder, load_npz
     from .multimodal.fit import fit
     from .multimodal.model import ConcatModel, MultimodalModel, SharedHeadModel
 
@@ -29,7 +30,8 @@ _HOME = {
     "digits": "multimodal.data",
     "evaluate": "multimodal.evaluate",
     "fit": "multimodal.fit",
-    "load_npz": "multimodal.data",
+    "load_folder": "multimodal.files",
+    "load_npz": "multimodal.files",
     "predict": "multimodal.evaluate",
 }
 
@@ -45,6 +47,7 @@ __all__ = [
     "entropy_fusion",
     "evaluate",
     "fit",
+    "load_folder",
     "load_npz",
     "predict",
 ]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mla_ext.multimodal import cli, demo
-from mla_ext.multimodal.data import load_npz
+from mla_ext.multimodal.files import load_npz
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

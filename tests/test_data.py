@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from mla_ext.multimodal.data import SPLITS, MultimodalData, digits, load_npz
+from mla_ext.multimodal.data import SPLITS, MultimodalData, digits
+from mla_ext.multimodal.files import load_npz
 from mla_ext.multimodal.synthesis import NAMES, _misspell, keypad_tones, stratified_split
 
 N = 12

@@ -16,8 +16,9 @@ from torch.optim.lr_scheduler import LambdaLR, StepLR
 from benchmarks.evidence import experiments, measures, report, runs
 from mla_ext.multimodal import checkpoint
 from mla_ext.multimodal.cli import main
-from mla_ext.multimodal.data import digits, load_npz
+from mla_ext.multimodal.data import digits
 from mla_ext.multimodal.evaluate import evaluate
+from mla_ext.multimodal.files import load_npz
 from mla_ext.multimodal.model import ConcatModel, SharedHeadModel
 
 

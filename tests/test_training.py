@@ -10,11 +10,14 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 from mla_ext import reference
 from mla_ext.multimodal import checkpoint
 from mla_ext.multimodal import fit as training
-from mla_ext.multimodal.data import MultimodalData, load_npz
+from mla_ext.multimodal.batches import Loader
+from mla_ext.multimodal.data import MultimodalData
 from mla_ext.multimodal.evaluate import evaluate, predict
+from mla_ext.multimodal.files import load_npz
 from mla_ext.multimodal.fit import NonFiniteLossError, fit
 from mla_ext.multimodal.metrics import macro_f1, score
 from mla_ext.multimodal.model import ConcatModel, Logits, MultimodalModel, SharedHeadModel, Step
+from mla_ext.multimodal.precision import Precision
 from mla_ext.multimodal.recipe import Settings, build
 from mla_ext.optimizer import ProjectedSGD
 
@@ -544,13 +547,13 @@ def test_dropout_is_drawn_from_the_seed():
 def test_reset_projection_starts_every_epoch_at_the_identity(monkeypatch):
     model, optimizer = make()
     seen = []
-    train_epoch = training._train_epoch
+    epoch = training._Training.epoch
 
     def spy(*arguments):
         seen.append(torch.equal(optimizer.projection(model.head.weight), torch.eye(8)))
-        return train_epoch(*arguments)
+        return epoch(*arguments)
 
-    monkeypatch.setattr(training, "_train_epoch", spy)
+    monkeypatch.setattr(training._Training, "epoch", spy)
     run(model, optimizer, make_data(), epochs=2)
     run(model, optimizer, make_data(), epochs=2, reset_projection=True)
     assert seen == [True, False, True, True]
@@ -666,11 +669,13 @@ def test_progress_is_on_standard_error_and_can_be_switched_off(capsys):
 
 def test_the_loop_reads_losses_once_per_epoch(monkeypatch):
     data, (model, optimizer) = make_data(), make("alternating")
-    reads = []
+    steps = model.steps(data, 16, "given", torch.Generator().manual_seed(0))
+    loader, precision = Loader(data, torch.device("cpu")), Precision(None, torch.device("cpu"))
+    batches, reads = [*loader.read(steps)], []
+    monkeypatch.setattr(loader, "read", lambda *_, **__: batches)  # a DataLoader reads a seed when it starts
     tolist = torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "item", lambda self: pytest.fail("a step was read back"))
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: reads.append(1) or tolist(self))
     with training.tqdm(disable=True) as bar:
-        steps = model.steps(data, 16, "given", torch.Generator().manual_seed(0))
-        training._train_epoch(model, optimizer, data, steps, 1, bar)
+        training._Training(model, optimizer, loader, precision, None).epoch(steps, 1, 0, bar)
     assert len(reads) == 1

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import hashlib
 import json
 import math
-import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,10 +15,12 @@ import torch
 
 from ..info import build_info
 from . import checkpoint, parallel
-from .data import MultimodalData, digits, load_npz
+from .data import MultimodalData, digits
 from .encoders import ENCODERS, WIDTHS
 from .evaluate import Report, evaluate
+from .files import load
 from .fit import CHECKPOINT, fit
+from .precision import AMP, choose_device
 from .recipe import METHODS, Settings, build
 
 __all__ = ["REPORT", "main", "table"]
@@ -33,28 +32,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 2 for bad input (one line on standard error), 130 if interrupted."""
     try:
         arguments = _parser().parse_args(argv)
-        with _ranks():
+        with parallel.joined(getattr(arguments, "device", torch.device("cpu"))):
             arguments.run(arguments)
-    except (ValueError, OverflowError, OSError, ImportError, RuntimeError) as error:
+    except (ValueError, OverflowError, OSError, ImportError, MemoryError, RuntimeError) as error:
         print("mla-ext: error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("mla-ext: interrupted; a run with --out goes on with --resume", file=sys.stderr)
         return 130
     return 0
-
-
-@contextlib.contextmanager
-def _ranks() -> Iterator[None]:
-    """Joins the processes that torchrun started, if it did."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield
-        return
-    torch.distributed.init_process_group("gloo")
-    try:
-        yield
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 def _train(arguments: argparse.Namespace) -> None:
@@ -78,6 +64,9 @@ def _train(arguments: argparse.Namespace) -> None:
         epochs=settings.epochs,
         batch_size=settings.batch_size,
         seed=settings.seed,
+        device=arguments.device,
+        amp=arguments.amp,
+        workers=arguments.workers,
         out=arguments.out,
         resume=arguments.resume,
         config=_config(settings) | described,
@@ -86,8 +75,9 @@ def _train(arguments: argparse.Namespace) -> None:
     if not parallel.is_main():
         return
     best = max(record["epoch"] for record in history if record["best"])
-    report = evaluate(model, data, "test")
-    print(f"{settings.method}, epoch {best} of {len(history)} (best on the validation split), test split:")
+    report = evaluate(model, data, "test", workers=arguments.workers, amp=arguments.amp)
+    chosen = f"epoch {best} of {len(history)} (best on the validation split)"
+    print(f"{settings.method}, {chosen}, trained on {arguments.device}, test split:")
     print(table(report))
     if arguments.out is not None:
         content = {"method": settings.method, "best_epoch": best, "epochs": len(history), "test": report.as_dict()}
@@ -112,7 +102,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     model, _ = build(data, settings)
     model.load_state_dict(best["model"])
     print(f"{settings.method}, epoch {best['epoch']} (best on the validation split), test split:")
-    print(table(evaluate(model, data, "test")))
+    print(table(evaluate(model, data, "test", amp=saved.get("amp"))))
 
 
 def _info(arguments: argparse.Namespace) -> None:
@@ -141,14 +131,11 @@ def table(report: Report) -> str:
 
 def _load(source: str, settings: Settings) -> tuple[MultimodalData, dict[str, Any]]:
     """The data of a run, standardised with the statistics of its training split, and what tells it from other data."""
-    data = digits() if source == "digits" else load_npz(source)
-    checksum = hashlib.sha256()
-    for tensor in (data.labels, data.split, *data.features.values(), *data.rows.values()):
-        checksum.update(tensor.contiguous().numpy().data)
-    shapes = {m: list(data.features[m].shape[1:]) for m in data.modalities}
+    data = digits() if source == "digits" else load(source)
+    described = {"shapes": {m: list(data.shape(m)) for m in data.modalities}, "checksum": data.checksum()}
     if settings.missing:
         data = data.with_missing(settings.missing, settings.seed)
-    return data.standardized(), {"shapes": shapes, "checksum": checksum.hexdigest()}
+    return data.standardized(), described
 
 
 def _config(settings: Settings) -> dict[str, Any]:
@@ -174,7 +161,15 @@ def _number(kind: type, holds: Callable[[Any], bool], expected: str) -> Callable
     return parse
 
 
+def _device(text: str) -> torch.device:
+    try:
+        return choose_device(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 _count = _number(int, lambda v: v >= 1, "an integer of at least 1")
+_not_negative_count = _number(int, lambda v: v >= 0, "an integer of at least 0")
 _seed = _number(int, lambda v: 0 <= v < 2**31, "an integer from 0 to 2**31 - 1")
 _not_negative = _number(float, lambda v: v >= 0, "a number of at least 0")
 _positive = _number(float, lambda v: v > 0, "a number above 0")
@@ -204,7 +199,7 @@ def _parser() -> argparse.ArgumentParser:
 
     train = command(_train, "train", "train a model and score it on the test split")
     train.add_argument(
-        "--data", required=True, metavar="FILE.npz", help="a data file, or `digits` for the built-in data"
+        "--data", required=True, metavar="PATH", help="a .npz file, a folder of .npy files, or `digits`: built-in data"
     )
     methods = "; ".join(f"{name}: {text}" for name, text in METHODS.items())
     setting(train, "method", methods, choices=tuple(METHODS))
@@ -217,6 +212,11 @@ def _parser() -> argparse.ArgumentParser:
     widths = ", ".join(f"{width} with {name}" for name, width in WIDTHS.items())
     train.add_argument("--width", type=_count, help=f"features that each encoder gives the head (default {widths})")
     setting(train, "missing", "drop this share of the modalities, of training and test samples alike", type=_rate)
+    device = "cpu, cuda, cuda:1 and so on; auto (default): a GPU if there is one that works"
+    train.add_argument("--device", type=_device, default="auto", help=device)
+    train.add_argument("--amp", choices=tuple(AMP), help="mixed precision (default: none)")
+    workers = "processes that read the data ahead (default 0: none)"
+    train.add_argument("--workers", type=_not_negative_count, default=0, help=workers)
     train.add_argument("--out", type=Path, help="directory for checkpoint, metrics and report")
     train.add_argument("--resume", action="store_true", help="go on with the run in --out, if there is one")
 
@@ -226,7 +226,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--no-progress", action="store_false", dest="progress", help="show no progress bar")
 
     evaluation = command(_evaluate, "evaluate", "score a trained model on the test split")
-    evaluation.add_argument("--data", required=True, metavar="FILE.npz", help="what the run was trained on")
+    evaluation.add_argument("--data", required=True, metavar="PATH", help="what the run was trained on")
     evaluation.add_argument("--run", required=True, type=Path, metavar="DIR", dest="run_directory", help="its --out")
 
     command(_info, "info", "print what this installation was built with and can use")

@@ -1,20 +1,21 @@
-"""Multimodal classification data: samples that may lack modalities, the `.npz` format, and the built-in demo data."""
+"""Multimodal classification data: samples that may lack modalities, and the built-in demo data."""
 
 from __future__ import annotations
 
-import os
+import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from numbers import Integral
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from . import recordings
+from .recordings import Recordings, Standardized, describe
 from .synthesis import keypad_tones, misspelled_names, noisy_images, stratified_split
 
-__all__ = ["INTEGERS", "SPLITS", "MultimodalData", "digits", "load_npz"]
+__all__ = ["INTEGERS", "SPLITS", "MultimodalData", "check_names", "digits"]
 
 SPLITS = ("train", "validation", "test")
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -24,31 +25,49 @@ INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 class MultimodalData:
     """N samples of M modalities. A sample may lack modalities (not all), and samples may share a recording.
 
+    Recordings are a tensor; or a memory-mapped array of NumPy; or any object with `__len__` and `__getitem__(i)`, which
+    gives recording i as a tensor, such as a torch Dataset. The last two are read when they are needed, so that the data
+    may be larger than memory. An object may draw random numbers from torch, NumPy and `random`.
+
     Checked when made: ValueError says what is wrong, under the names of the `.npz` format of `load_npz`
-    (x_<m>, row_<m>, y, classes, split).
+    (x_<m>, row_<m>, y, classes, split). What is read later is checked then: see RecordingError.
     """
 
     modalities: tuple[str, ...]  # in order
-    features: dict[str, Tensor]  # x_<m>: (recordings, *shape), any numeric dtype, finite as float32
+    features: dict[str, Recordings]  # x_<m>: (recordings, *shape), any numeric dtype, finite as float32
     rows: dict[str, Tensor]  # row_<m>: int64 (N,), the row of features[m] for sample i, -1 where it lacks m
     labels: Tensor  # y: int64 (N,)
     classes: tuple[str, ...]  # (C,)
     split: Tensor  # int8 (N,): index into SPLITS
+    # What training steps read in place of features[m]: the same recordings, augmented. Evaluation never reads it.
+    training_features: dict[str, Recordings] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_names("modalities", self.modalities)
-        _check_names("classes", self.classes)
-        for field in ("features", "rows"):
-            if set(getattr(self, field)) != set(self.modalities):
-                raise ValueError(f"{field}: keys are {sorted(getattr(self, field))}, expected {self.modalities}")
+        check_names("modalities", self.modalities)
+        check_names("classes", self.classes)
+        for name in ("features", "rows"):
+            if set(getattr(self, name)) != set(self.modalities):
+                raise ValueError(f"{name}: keys are {sorted(getattr(self, name))}, expected {self.modalities}")
+        if not set(self.training_features) <= set(self.modalities):
+            raise ValueError(
+                f"training_features: keys are {sorted(self.training_features)}, expected some of {self.modalities}"
+            )
         _check_integers("y", self.labels, None, 0, len(self.classes))
         samples = len(self.labels)
         if samples == 0:
             raise ValueError("y: has no samples, expected at least one")
         _check_integers("split", self.split, samples, 0, len(SPLITS))
         for modality in self.modalities:
-            _check_features(f"x_{modality}", self.features[modality])
+            recordings.check(f"x_{modality}", self.features[modality])
             _check_integers(f"row_{modality}", self.rows[modality], samples, -1, len(self.features[modality]))
+        for modality, augmented in self.training_features.items():
+            recordings.check(f"training_features[{modality!r}]", augmented)
+            found, expected = ((len(r), recordings.shape(r)) for r in (augmented, self.features[modality]))
+            if found != expected:
+                raise ValueError(
+                    f"training_features[{modality!r}]: has {found[0]} recordings of shape {found[1]}, expected "
+                    f"{expected[0]} of shape {expected[1]}, as features[{modality!r}] has"
+                )
         if not (self.split == SPLITS.index("train")).any():
             raise ValueError("split: has no training sample (0), expected at least one")
         bare = torch.stack([self.rows[modality] < 0 for modality in self.modalities]).all(dim=0)
@@ -81,15 +100,27 @@ class MultimodalData:
             chosen = chosen & self.present(modality)
         return chosen.nonzero().flatten()
 
+    def shape(self, modality: str) -> tuple[int, ...]:
+        """Of a recording of the modality."""
+        self._check_modality(modality)
+        return recordings.shape(self.features[modality])
+
     def inputs(self, modality: str, indices: Tensor) -> Tensor:
         """float32 (len(indices), *shape): the modality of these samples, each of which must have it.
 
         `indices` is int64 (n,). Raises ValueError on an unknown modality, an index outside 0..N-1 or a sample that
-        lacks the modality.
+        lacks the modality; RecordingError, which names the sample, for a recording that cannot be read.
+        """
+        return self.read(modality, indices).float()
+
+    def read(self, modality: str, indices: Tensor, training: bool = False, seed: int = 0) -> Tensor:
+        """`inputs` in the dtype that is stored; from `training_features` if `training`.
+
+        `seed` decides what random transforms draw, with the recording's number: see `recordings.read`.
         """
         self._check_modality(modality)
         if not isinstance(indices, Tensor) or indices.dtype != torch.int64 or indices.ndim != 1:
-            raise TypeError(f"indices must be a one-dimensional int64 tensor, got {_describe(indices)}")
+            raise TypeError(f"indices must be a one-dimensional int64 tensor, got {describe(indices)}")
         outside = (indices < 0) | (indices >= len(self))
         if outside.any():
             raise ValueError(f"indices must lie in 0..{len(self) - 1}, got {int(indices[outside][0])}")
@@ -100,23 +131,53 @@ class MultimodalData:
                 f"indices must be of samples that have modality {modality!r}: "
                 f"{int(absent.sum())} of {len(indices)} lack it, the first is sample {int(indices[absent][0])}"
             )
-        return self.features[modality][rows].float()
+        source = self.training_features.get(modality, self.features[modality]) if training else self.features[modality]
+
+        def name(row: int) -> str:
+            sample = int(indices[(rows == row).nonzero()[0]])
+            return f"sample {sample}, modality {modality!r} (recording {row})"
+
+        return recordings.read(source, rows, seed, name)
+
+    def example(self, modality: str) -> Tensor:
+        """float32 (1, *shape): the first recording, whichever sample it belongs to."""
+        self._check_modality(modality)
+        return recordings.read(self.features[modality], torch.zeros(1, dtype=torch.int64, device="cpu")).float()
 
     def standardized(self) -> MultimodalData:
         """The data with each feature, as float32, at mean 0 and variance 1 over the training samples that have it.
 
         A recording that several training samples share counts as often as they use it. A feature that is constant
         in training becomes 0 everywhere. Raises ValueError where no training sample has a modality.
+
+        Recordings that are not in memory are read once, and standardised again whenever they are read later. Those of
+        `training_features` get the mean and variance of `features`.
         """
-        features = {}
+        features: dict[str, Recordings] = {}
+        training_features: dict[str, Recordings] = {}
         for modality in self.modalities:
             training = self.indices("train", modality)
             if len(training) == 0:
                 raise ValueError(f"modality {modality!r}: no training sample has it, so it cannot be standardized")
-            recordings = self.features[modality]
-            uses = torch.bincount(self.rows[modality][training], minlength=len(recordings))
-            features[modality] = _standardize(recordings, uses)
-        return replace(self, features=features)
+            source = self.features[modality]
+            uses = torch.bincount(self.rows[modality][training], minlength=len(source))
+            standard = Standardized.over(source, uses)
+            features[modality] = standard.apply(source) if isinstance(source, Tensor) else standard
+            if modality in self.training_features:
+                training_features[modality] = replace(standard, source=self.training_features[modality])
+        return replace(self, features=features, training_features=training_features)
+
+    def checksum(self) -> str:
+        """SHA-256, in hex, of labels, splits, rows and recordings, wherever those lie: all of them are read."""
+        total = hashlib.sha256()
+        for part in (self.labels, self.split):
+            total.update(part.contiguous().numpy().data)
+        for source in self.features.values():
+            for values in recordings.whole(source):
+                total.update(values.contiguous().numpy().data)
+        for rows in self.rows.values():
+            total.update(rows.contiguous().numpy().data)
+        return total.hexdigest()
 
     def with_missing(self, rate: float, seed: int) -> MultimodalData:
         """The data with each modality of each sample dropped with probability `rate`, in every split.
@@ -137,31 +198,6 @@ class MultimodalData:
     def _check_modality(self, modality: str) -> None:
         if modality not in self.modalities:
             raise ValueError(f"modality must be one of {self.modalities}, got {modality!r}")
-
-
-def load_npz(path: str | os.PathLike[str]) -> MultimodalData:
-    """Reads multimodal data from a `.npz` file, without pickles.
-
-    Keys: `modalities` (names, in order); `x_<m>` numeric, one row per recording; optional `row_<m>` integer (N,),
-    the row of `x_<m>` for sample i, -1 where the sample lacks the modality (key absent: row i); `y` integer (N,), the
-    class; `classes` (names); `split` (N,): 0 train, 1 validation, 2 test. Other keys are ignored.
-
-    Features keep their dtype where torch computes with it and become float32 otherwise. Raises ValueError naming
-    the file, the key, what was found and what was expected; OSError where the file cannot be opened.
-    """
-    path = Path(path)
-    with path.open("rb") as file:
-        try:
-            try:
-                archive = np.load(file, allow_pickle=False)
-            except Exception as error:  # bytes that are no archive fail in many ways, all meaning this
-                raise ValueError(f"is not a readable .npz file, or is cut short ({error})") from error
-            if isinstance(archive, np.ndarray):
-                raise ValueError("is a single .npy array, expected a .npz file with named arrays")
-            with archive:
-                return _from_archive(archive)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
 
 
 def digits(seed: int = 0) -> MultimodalData:
@@ -197,71 +233,7 @@ def digits(seed: int = 0) -> MultimodalData:
     )
 
 
-def _from_archive(archive: np.lib.npyio.NpzFile) -> MultimodalData:
-    modalities = _names(archive, "modalities")
-    _check_names("modalities", modalities)
-    labels = _integers(archive, "y")
-    features, rows = {}, {}
-    for modality in modalities:
-        key = f"x_{modality}"
-        features[modality] = _numbers(archive, key)
-        if f"row_{modality}" in archive:
-            rows[modality] = _integers(archive, f"row_{modality}")
-        elif len(features[modality]) == len(labels):
-            rows[modality] = torch.arange(len(labels), device="cpu")
-        else:
-            raise ValueError(
-                f"{key}: has {len(features[modality])} rows for {len(labels)} samples; expected one for each sample, "
-                f"or a key row_{modality}"
-            )
-    return MultimodalData(
-        modalities, features, rows, labels, classes=_names(archive, "classes"), split=_integers(archive, "split")
-    )
-
-
-def _array(archive: np.lib.npyio.NpzFile, key: str) -> np.ndarray:
-    if key not in archive:
-        raise ValueError(f"{key}: missing, the keys are {sorted(archive.files)}")
-    try:
-        array = archive[key]
-    except Exception as error:  # damaged bytes and pickles fail in many ways, all meaning this
-        raise ValueError(f"{key}: cannot be read as a plain array ({error})") from error
-    if not isinstance(array, np.ndarray):
-        raise ValueError(f"{key}: is no array but {len(array)} raw bytes")
-    return array
-
-
-def _names(archive: np.lib.npyio.NpzFile, key: str) -> tuple[str, ...]:
-    array = _array(archive, key)
-    if array.dtype.kind != "U" or array.ndim != 1:
-        raise ValueError(f"{key}: has {_describe(array)}, expected a one-dimensional array of names (str)")
-    try:
-        return tuple(array.tolist())
-    except (SystemError, ValueError) as error:
-        raise ValueError(f"{key}: holds characters that do not exist, expected names (str)") from error
-
-
-def _integers(archive: np.lib.npyio.NpzFile, key: str) -> Tensor:
-    array = _array(archive, key)
-    if array.dtype.kind not in "iu" or array.ndim != 1:
-        raise ValueError(f"{key}: has {_describe(array)}, expected a one-dimensional array of integers")
-    wide = array.astype(np.int64)
-    if array.dtype == np.uint64 and (wide < 0).any():
-        raise ValueError(f"{key}: holds {array.max()}, out of range: expected integers that fit int64")
-    return torch.from_numpy(wide)
-
-
-def _numbers(archive: np.lib.npyio.NpzFile, key: str) -> Tensor:
-    array = _array(archive, key)
-    if array.dtype.kind not in "biuf" or array.ndim < 2:
-        raise ValueError(f"{key}: has {_describe(array)}, expected numbers of shape (recordings, features, ...)")
-    unsupported = (array.dtype.kind == "u" and array.dtype.itemsize > 1) or array.dtype.itemsize > 8
-    dtype = np.float32 if unsupported else array.dtype.newbyteorder("=")
-    with np.errstate(over="ignore"):  # becomes infinite, and is refused for that
-        return torch.from_numpy(array.astype(dtype, order="C", copy=False))
-
-
-def _check_names(key: str, names: Sequence[str]) -> None:
+def check_names(key: str, names: Sequence[str]) -> None:
     if not names:
         raise ValueError(f"{key}: is empty, expected at least one name")
     if not all(isinstance(name, str) and name for name in names):
@@ -273,7 +245,7 @@ def _check_names(key: str, names: Sequence[str]) -> None:
 def _check_integers(key: str, values: Tensor, length: int | None, low: int, high: int) -> None:
     """(length,) integers, low <= value < high; a length of None is any."""
     if not isinstance(values, Tensor) or values.dtype not in INTEGERS or values.ndim != 1:
-        raise ValueError(f"{key}: has {_describe(values)}, expected one-dimensional integers")
+        raise ValueError(f"{key}: has {describe(values)}, expected one-dimensional integers")
     if length is not None and len(values) != length:
         raise ValueError(f"{key}: has length {len(values)}, expected {length}, the number of samples")
     outside = (values < low) | (values >= high)
@@ -285,45 +257,7 @@ def _check_integers(key: str, values: Tensor, length: int | None, low: int, high
         )
 
 
-def _check_features(key: str, values: Tensor) -> None:
-    if not isinstance(values, Tensor) or values.is_complex() or values.ndim < 2 or values[:1].numel() == 0:
-        raise ValueError(f"{key}: has {_describe(values)}, expected numbers of shape (recordings, features, ...)")
-    if values.is_floating_point():
-        finite = values.float().isfinite()
-        if not finite.all():
-            first = (~finite).nonzero()[0].tolist()
-            raise ValueError(
-                f"{key}: {int((~finite).sum())} of {values.numel()} values are NaN or infinite (as float32), the "
-                f"first is {values[tuple(first)].item()} at {first}; expected finite numbers"
-            )
-
-
-def _describe(value: object) -> str:
-    if isinstance(value, np.ndarray | Tensor):
-        return f"type {type(value).__name__}, dtype {value.dtype} and shape {tuple(value.shape)}"
-    return f"type {type(value).__name__}"
-
-
 def _generator(seed: int) -> np.random.Generator:
     if isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0:
         raise ValueError(f"seed must be a non-negative integer, got {seed!r}")
     return np.random.default_rng(int(seed))
-
-
-def _standardize(recordings: Tensor, uses: Tensor) -> Tensor:
-    """(recordings, *shape) -> float32 of that shape; `uses` (recordings,) weighs each in the mean and variance."""
-    flat = recordings.reshape(len(recordings), -1)
-    # Computed in float64 a few rows at a time, as all of them would take 2-8 times the memory of the data.
-    rows = max(1, 2**20 // flat.shape[1])
-    weights = (uses.double() / uses.sum()).split(rows)
-    # Deviations from one of the samples: exactly 0 for a constant feature, and E[d²] ≤ N var, so no cancellation.
-    origin = flat[uses.nonzero()[0, 0]].double()
-    mean, square = torch.zeros_like(origin), torch.zeros_like(origin)
-    for part, weight in zip(flat.split(rows), weights, strict=True):
-        deviation = part.double() - origin
-        mean += weight @ deviation
-        square += weight @ deviation.square()
-    variance = square - mean.square()
-    scale = torch.where(variance > 0, variance.rsqrt(), 0.0)
-    parts = [((part.double() - origin - mean) * scale).float() for part in flat.split(rows)]
-    return torch.cat(parts).reshape(recordings.shape)

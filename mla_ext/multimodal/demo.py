@@ -18,6 +18,7 @@ from . import checkpoint
 from .data import MultimodalData, digits
 from .evaluate import Report, evaluate
 from .fit import fit
+from .precision import choose_device
 from .recipe import Settings, build
 
 __all__ = ["PICTURE", "demo", "time_head_step"]
@@ -36,6 +37,7 @@ def demo(out: Path = Path("."), epochs: int = 20, seed: int = 0, progress: bool 
         raise ImportError("the demo needs matplotlib: pip install matplotlib") from error
     data = digits(seed).standardized()
     out.mkdir(parents=True, exist_ok=True)
+    device = choose_device("auto")
     histories: dict[str, list[dict[str, Any]]] = {}
     reports: dict[str, Report] = {}
     seconds: dict[str, float] = {}
@@ -44,12 +46,17 @@ def demo(out: Path = Path("."), epochs: int = 20, seed: int = 0, progress: bool 
         model, optimizer = build(data, settings)
         start = time.perf_counter()
         with _one_thread():
-            histories[method] = fit(
-                model, optimizer, data, epochs=epochs, batch_size=settings.batch_size, seed=seed, progress=progress
-            )
+            options: dict[str, Any] = {
+                "epochs": epochs,
+                "batch_size": settings.batch_size,
+                "seed": seed,
+                "device": device,
+            }
+            histories[method] = fit(model, optimizer, data, **options, progress=progress)
             reports[method] = evaluate(model, data, "test")
         seconds[method] = time.perf_counter() - start
 
+    print(f"Trained on {device}.")
     print("Test accuracy: each modality alone, then all together by the mean of the logits, by entropy fusion, and by")
     print("the joint prediction of the model that has one.")
     print(_accuracy_table(data, reports, seconds))

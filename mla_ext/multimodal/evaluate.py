@@ -11,11 +11,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops import entropy_fusion
+from .batches import Loader
 from .data import SPLITS, MultimodalData
-from .metrics import Score, score
-from .model import MultimodalModel, mode_of
+from .metrics import Score, score, score_classes
+from .model import MultimodalModel, Step, mode_of
+from .precision import Precision
 
-__all__ = ["Prediction", "Report", "check_model_and_data", "check_positive", "evaluate", "modality_scores", "predict"]
+__all__ = [
+    "Prediction",
+    "Report",
+    "check_model_and_data",
+    "check_positive",
+    "check_workers",
+    "device_of",
+    "evaluate",
+    "modality_scores",
+    "predict",
+    "score_split",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,14 +64,81 @@ class Report:
         return dataclasses.asdict(self)
 
 
-@torch.no_grad()
-def predict(model: MultimodalModel, data: MultimodalData, indices: Tensor, batch_size: int = 512) -> Prediction:
+def predict(
+    model: MultimodalModel,
+    data: MultimodalData,
+    indices: Tensor,
+    batch_size: int = 512,
+    *,
+    workers: int = 0,
+    amp: str | None = None,
+) -> Prediction:
     """Predict the samples `indices`, int64 (N,) with N >= 1, in evaluation mode; the model's mode is restored.
 
-    "mean" is the mean of the logits of the modalities present, "entropy" is `entropy_fusion` of them (eq. 7-9).
+    "mean" is the mean of the logits of the modalities present, "entropy" is `entropy_fusion` of them (eq. 7-9). It is
+    computed where the model is; `workers` and `amp` are as for `fit`.
     """
-    with mode_of(model, training=False):
-        batches = [model.logits(data, batch) for batch in indices.split(batch_size)]
+    device = device_of(model)
+    return _predict(model, Loader(data, device, workers), indices, batch_size, Precision(amp, device))
+
+
+def evaluate(
+    model: MultimodalModel,
+    data: MultimodalData,
+    split: str = "test",
+    batch_size: int = 512,
+    *,
+    workers: int = 0,
+    amp: str | None = None,
+) -> Report:
+    """Score the model on a split ("train", "validation" or "test") of `data`. Changes nothing about the model.
+
+    It is computed where the model is, and the host waits once for what comes of it; `workers` and `amp` are as for
+    `fit`.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split: expected one of {SPLITS}, got {split!r}")
+    check_model_and_data(model, data)
+    check_positive("batch_size", batch_size)
+    check_workers(workers)
+    device = device_of(model)
+    return score_split(model, Loader(data, device, workers), split, batch_size, Precision(amp, device))
+
+
+def score_split(model: MultimodalModel, loader: Loader, split: str, batch_size: int, precision: Precision) -> Report:
+    """`evaluate`, of data that a loader reads."""
+    data = loader.data
+    indices = data.indices(split)
+    present = torch.stack([data.present(m)[indices] for m in model.modalities])
+    indices, present = indices[present.any(dim=0)], present[:, present.any(dim=0)]
+    if len(indices) == 0:
+        raise ValueError(f"split: expected one with samples, got {split!r}, which has none")
+    prediction = _predict(model, loader, indices, batch_size, precision)
+    labels = data.labels[indices]
+    fused = "joint" if "joint" in prediction.fusions else "entropy"
+    loss = F.cross_entropy(prediction.fusions[fused], labels.to(prediction.weights.device)).double()
+    logits = [*prediction.unimodal, *prediction.fusions.values()]
+    # One copy to the host. Classes are exact in float64.
+    host = torch.cat([*(values.argmax(dim=-1).double() for values in logits), loss.reshape(1)]).cpu()
+    classes = host[:-1].long().reshape(len(logits), len(indices))
+    alone, fusions = classes[: len(present)], classes[len(present) :]
+    rows = zip(model.modalities, alone, present, strict=True)
+    return Report(
+        split,
+        {m: score_classes(row[having], labels[having]) for m, row, having in rows if having.any()},
+        {name: score_classes(row, labels) for name, row in zip(prediction.fusions, fusions, strict=True)},
+        fused,
+        host[-1].item(),
+    )
+
+
+@torch.no_grad()
+def _predict(
+    model: MultimodalModel, loader: Loader, indices: Tensor, batch_size: int, precision: Precision
+) -> Prediction:
+    steps = [Step(model.modalities, batch) for batch in indices.split(batch_size)]
+    with mode_of(model, training=False), precision.autocast():
+        batches = [model.logits(data, step.indices) for data, step in zip(loader.read(steps), steps, strict=True)]
     unimodal = torch.cat([b.unimodal for b in batches], dim=1)
     present = torch.cat([b.present for b in batches], dim=1)
     entropy, weights = entropy_fusion(unimodal, present)
@@ -68,25 +148,6 @@ def predict(model: MultimodalModel, data: MultimodalData, indices: Tensor, batch
     if joint:
         fusions["joint"] = torch.cat(joint)
     return Prediction(unimodal, present, fusions, weights)
-
-
-def evaluate(model: MultimodalModel, data: MultimodalData, split: str = "test", batch_size: int = 512) -> Report:
-    """Score the model on a split ("train", "validation" or "test") of `data`. Changes nothing about the model."""
-    if split not in SPLITS:
-        raise ValueError(f"split: expected one of {SPLITS}, got {split!r}")
-    check_model_and_data(model, data)
-    check_positive("batch_size", batch_size)
-    indices = data.indices(split)
-    indices = indices[torch.stack([data.present(m)[indices] for m in model.modalities]).any(dim=0)]
-    if len(indices) == 0:
-        raise ValueError(f"split: expected one with samples, got {split!r}, which has none")
-    prediction = predict(model, data, indices, batch_size)
-    labels = data.labels[indices].to(prediction.weights.device)
-    modalities = modality_scores(model.modalities, prediction, labels)
-    fusions = {name: score(logits, labels) for name, logits in prediction.fusions.items()}
-    fused = "joint" if "joint" in fusions else "entropy"
-    loss = F.cross_entropy(prediction.fusions[fused], labels).item()
-    return Report(split, modalities, fusions, fused, loss)
 
 
 def modality_scores(modalities: Sequence[str], prediction: Prediction, labels: Tensor) -> dict[str, Score]:
@@ -108,3 +169,14 @@ def check_positive(name: str, value: int) -> None:
         raise TypeError(f"{name}: expected an integer, got {value!r}")
     if value < 1:
         raise ValueError(f"{name}: expected at least 1, got {value}")
+
+
+def check_workers(workers: int) -> None:
+    if isinstance(workers, bool) or not isinstance(workers, int):
+        raise TypeError(f"workers: expected an integer, got {workers!r}")
+    if workers < 0:
+        raise ValueError(f"workers: expected at least 0, got {workers}")
+
+
+def device_of(model: MultimodalModel) -> torch.device:
+    return next(model.parameters()).device

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -18,14 +19,17 @@ from tqdm import tqdm
 
 from ..optimizer import ProjectedSGD
 from . import checkpoint, parallel
+from .batches import Loader
 from .data import SPLITS, MultimodalData
-from .evaluate import Report, check_model_and_data, check_positive, evaluate
-from .model import ORDERS, MultimodalModel, Step, mode_of
+from .evaluate import check_model_and_data, check_positive, check_workers, device_of, score_split
+from .failure import explained
+from .model import ORDERS, Criterion, MultimodalModel, Step, mode_of
+from .precision import Precision, choose_device
+from .run import CHECKPOINT, METRICS, Run
 
 __all__ = ["CHECKPOINT", "METRICS", "NonFiniteLossError", "fit"]
 
-CHECKPOINT = "last.pt"
-METRICS = "metrics.jsonl"
+EVALUATION_BATCH = 512
 _ADVICE = "lower the learning rate, or scale the inputs (MultimodalData.standardized)"
 
 
@@ -42,7 +46,13 @@ def fit(
     batch_size: int = 64,
     order: str = "given",
     seed: int = 0,
+    device: str | torch.device | None = None,
+    amp: str | None = None,
+    workers: int = 0,
     scheduler: LRScheduler | None = None,
+    clip_grad_norm: float | None = None,
+    loss: Criterion | None = None,
+    compile: bool = False,
     reset_projection: bool = False,
     out: str | Path | None = None,
     resume: bool = False,
@@ -63,7 +73,17 @@ def fit(
         order: of the modalities within an epoch: "given", "reversed" or "random" (drawn anew each epoch).
         seed: of shuffling and of the model's own randomness (dropout). Each epoch draws from a generator seeded by
             `seed` and the epoch; the global generators are left as they were.
+        device: where to train: "cpu", "cuda", "cuda:1", or "auto", which takes the GPU if there is one that works.
+            Model and optimizer are moved there, and stay. None: where the model is.
+        amp: mixed precision: "bf16" or "fp16" for the forward pass, the latter with a scaled loss. Weights, projection
+            and optimizer state keep their dtype.
+        workers: processes that read the data ahead of time; 0 reads in this one. The results are the same bits.
         scheduler: stepped after every epoch.
+        clip_grad_norm: the largest norm of all gradients of a step together; larger ones are scaled down to it, before
+            the projection.
+        loss: (logits (N, C), labels (N,)) -> their mean loss, in place of the cross entropy: for example
+            `nn.CrossEntropyLoss(label_smoothing=0.1)`. A model that does not ask for its `criterion` ignores it.
+        compile: run the encoders through torch.compile. They stay compiled.
         reset_projection: start every epoch with the projections of a ProjectedSGD at the identity.
         out: a directory for the checkpoint `last.pt`, written after every epoch and never left half-written, and
             for `metrics.jsonl`, one record per line. A run that is in it already is removed, unless resumed.
@@ -78,8 +98,10 @@ def fit(
     group, "validation": the report as a dict, "best": whether it was the best so far}.
 
     Raises ValueError or TypeError for bad arguments and for a checkpoint of another run, before anything is changed;
-    NonFiniteLossError, a RuntimeError, at the end of an epoch whose training or validation loss was not finite: the
-    checkpoint of the epoch before is kept.
+    NonFiniteLossError at the end of an epoch whose training or validation loss was not finite; RecordingError, which
+    names the sample, for one that cannot be read (both are RuntimeErrors); torch.OutOfMemoryError, MemoryError or
+    RuntimeError in one line when memory runs out, or a worker or another rank dies. Whatever ends a run, also Ctrl-C,
+    the checkpoint of the epoch before is kept.
     """
     check_model_and_data(model, data)
     if not isinstance(optimizer, Optimizer):
@@ -92,8 +114,13 @@ def fit(
         raise TypeError(f"seed: expected an integer, got {seed!r}")
     if not 0 <= seed < 2**31:
         raise ValueError(f"seed: expected 0 <= seed < 2**31, got {seed}")
+    check_workers(workers)
     if scheduler is not None and (not isinstance(scheduler, LRScheduler) or isinstance(scheduler, ReduceLROnPlateau)):
         raise TypeError(f"scheduler: expected an LRScheduler that needs no metric, got {type(scheduler).__name__}")
+    if clip_grad_norm is not None and not clip_grad_norm > 0:
+        raise ValueError(f"clip_grad_norm: expected a number above 0, got {clip_grad_norm!r}")
+    if loss is not None and not callable(loss):
+        raise TypeError(f"loss: expected a function of logits and labels, got {type(loss).__name__}")
     if reset_projection and not isinstance(optimizer, ProjectedSGD):
         raise TypeError(f"reset_projection: expected a ProjectedSGD as optimizer, got {type(optimizer).__name__}")
     if resume and out is None:
@@ -104,10 +131,14 @@ def fit(
     if len(data.indices("validation")) == 0:
         raise ValueError("data: expected validation samples, to choose the epoch by, got none")
 
+    device = device_of(model) if device is None else choose_device(device)
+    precision = Precision(amp, device)
+
     settings = _settings(model, optimizer, data)
     settings |= {"batch_size": batch_size, "order": order, "seed": seed, "reset_projection": reset_projection}
+    settings |= {"amp": amp, "clip_grad_norm": clip_grad_norm}
     settings |= config or {}
-    run = _Run(model, optimizer, scheduler, settings)
+    run = Run(model, optimizer, scheduler, precision.scaler, settings)
     directory = None if out is None else Path(out)
 
     def epoch_steps(epoch: int) -> list[Step]:
@@ -120,22 +151,29 @@ def fit(
             run.restore(directory / CHECKPOINT)
         parallel.wait_for_all()  # nobody writes while others read
         run.open(directory)
+    _move(model, optimizer, device)
     parallel.broadcast(model)
+    if compile:
+        for encoder in model.encoders.values():
+            encoder.compile()
 
-    cuda = [p.device for p in model.parameters() if p.is_cuda][:1]
+    loader = Loader(data, device, workers)
+    training = _Training(model, optimizer, loader, precision, clip_grad_norm)
     first = len(run.history) + 1
     per_epoch = len(epoch_steps(first))
     total, done = per_epoch * max(epochs, first - 1), per_epoch * (first - 1)
-    with tqdm(total=total, initial=done, unit="step", disable=not (progress and parallel.is_main())) as bar:
+    with (
+        _criterion_of(model, loss),
+        tqdm(total=total, initial=done, unit="step", disable=not (progress and parallel.is_main())) as bar,
+    ):
         for epoch in range(first, epochs + 1):
-            bar.set_description(f"epoch {epoch}/{epochs}")
-            with torch.random.fork_rng(devices=cuda):
+            bar.set_description(f"epoch {epoch}/{epochs} on {device}")
+            with explained(f"epoch {epoch}"), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
                 torch.manual_seed(_epoch_seed(seed, epoch))
                 if reset_projection and isinstance(optimizer, ProjectedSGD):  # as checked above
                     optimizer.reset_projection()
-                with mode_of(model, training=True):
-                    training_loss = _train_epoch(model, optimizer, data, epoch_steps(epoch), epoch, bar)
-                report = evaluate(model, data, "validation")
+                training_loss = training.epoch(epoch_steps(epoch), epoch, _epoch_seed(seed, epoch), bar)
+                report = score_split(model, loader, "validation", EVALUATION_BATCH, precision)
             if not math.isfinite(report.loss):
                 raise NonFiniteLossError(f"validation loss is {report.loss} after epoch {epoch}: {_ADVICE}")
             run.record(epoch, training_loss, report)
@@ -146,23 +184,50 @@ def fit(
     return run.history
 
 
-def _train_epoch(
-    model: MultimodalModel, optimizer: Optimizer, data: MultimodalData, steps: list[Step], epoch: int, bar: tqdm
-) -> dict[str, float]:
-    """Take the steps; return the mean loss per sample of each (group of) modalities."""
-    losses = []
-    for step in steps:
-        optimizer.zero_grad(set_to_none=True)  # None, not zero: what this step does not use must not move
-        loss = _loss(model, data, step)
-        loss.backward()
-        parallel.sum_gradients(model.parameters())
-        optimizer.step()
-        losses.append(loss.detach())
-        bar.update()
+@dataclass(frozen=True)
+class _Training:
+    """What a step needs, whichever it is."""
 
+    model: MultimodalModel
+    optimizer: Optimizer
+    loader: Loader
+    precision: Precision
+    clip_grad_norm: float | None
+
+    def epoch(self, steps: list[Step], number: int, seed: int, bar: tqdm) -> dict[str, float]:
+        """Take the steps; return the mean loss per sample of each (group of) modalities."""
+        # A rank without a sample of its own takes one along, so that it computes the same gradients as the others.
+        shares = [parallel.share(step.indices) for step in steps]
+        ours = [
+            step._replace(indices=share if len(share) > 0 else step.indices[:1])
+            for step, share in zip(steps, shares, strict=True)
+        ]
+        losses = []
+        with mode_of(self.model, training=True):
+            for data, step, mine, share in zip(
+                self.loader.read(ours, training=True, seed=seed), steps, ours, shares, strict=True
+            ):
+                losses.append(self.step(data, mine, len(share) / len(step.indices)))
+                bar.update()
+        means = parallel.sum_over_ranks(torch.stack(losses)).tolist()
+        return _mean_losses(steps, means, number)
+
+    def step(self, data: MultimodalData, step: Step, weight: float) -> Tensor:
+        """One step; returns this rank's part of its loss. The parts of all ranks add up to the mean over the batch."""
+        self.optimizer.zero_grad(set_to_none=True)  # None, not zero: what this step does not use must not move
+        # In evaluation mode nothing is recorded: what a rank without a sample takes along counts for nothing.
+        idle = mode_of(self.model, training=False) if weight == 0 else nullcontext()
+        with idle, self.precision.autocast():
+            loss = self.model.loss(data, step) * weight
+        self.precision.backward(loss)
+        parallel.sum_gradients(self.model.parameters())
+        self.precision.step(self.optimizer, self.model.parameters(), self.clip_grad_norm)
+        return loss.detach()
+
+
+def _mean_losses(steps: list[Step], means: list[float], epoch: int) -> dict[str, float]:
     sums: dict[str, float] = {}
     counts: dict[str, int] = {}
-    means = parallel.sum_over_ranks(torch.stack(losses)).tolist()
     for number, (step, loss) in enumerate(zip(steps, means, strict=True), start=1):
         name = "+".join(step.modalities)
         if not math.isfinite(loss):
@@ -174,103 +239,24 @@ def _train_epoch(
     return {name: sums[name] / counts[name] for name in sums}
 
 
-def _loss(model: MultimodalModel, data: MultimodalData, step: Step) -> Tensor:
-    """This rank's part of the step's loss; the parts of all ranks add up to the mean over the batch."""
-    indices = parallel.share(step.indices)
-    if len(indices) == 0:
-        # The same parameters need a gradient here as elsewhere; in evaluation mode nothing is recorded.
-        with mode_of(model, training=False):
-            return 0.0 * model.loss(data, step._replace(indices=step.indices[:1]))
-    return model.loss(data, step._replace(indices=indices)) * (len(indices) / len(step.indices))
+def _move(model: MultimodalModel, optimizer: Optimizer, device: torch.device) -> None:
+    """To the device, the optimizer's state too."""
+    if device_of(model) != device:
+        model.to(device)
+        if optimizer.state:
+            optimizer.load_state_dict(optimizer.state_dict())  # which puts state where its parameter is
 
 
-class _Run:
-    """The state of one training run: what a checkpoint holds."""
-
-    def __init__(
-        self, model: MultimodalModel, optimizer: Optimizer, scheduler: LRScheduler | None, settings: dict[str, Any]
-    ) -> None:
-        self.model, self.optimizer, self.scheduler, self.settings = model, optimizer, scheduler, settings
-        self.history: list[dict[str, Any]] = []
-        self.best: dict[str, Any] = {"accuracy": -1.0, "loss": math.inf}
-
-    def record(self, epoch: int, training_loss: dict[str, float], report: Report) -> None:
-        """Note an epoch, keep its weights if they are the best so far, and step the scheduler."""
-        better = (report.accuracy, -report.loss) > (self.best["accuracy"], -self.best["loss"])
-        if better:
-            weights = copy.deepcopy(self.model.state_dict())
-            self.best = {"epoch": epoch, "accuracy": report.accuracy, "loss": report.loss, "model": weights}
-        self.history.append(
-            {
-                "epoch": epoch,
-                "training_loss": training_loss,
-                "lr": [float(group["lr"]) for group in self.optimizer.param_groups],
-                "validation": report.as_dict(),
-                "best": better,
-            }
-        )
-        if self.scheduler is not None:
-            self.scheduler.step()
-
-    def open(self, directory: Path) -> None:
-        """Make `directory` agree with the history: a new run removes the old one, a resumed one mends its metrics."""
-        if not parallel.is_main():
-            return
-        directory.mkdir(parents=True, exist_ok=True)
-        if not self.history:
-            (directory / CHECKPOINT).unlink(missing_ok=True)
-        self._write_metrics(directory)
-
-    def save(self, directory: Path) -> None:
-        if not parallel.is_main():
-            return
-        checkpoint.save(directory / CHECKPOINT, self.content())
-        self._write_metrics(directory)  # after the checkpoint: if killed in between, resuming mends them
-
-    def content(self) -> dict[str, Any]:
-        """What the checkpoint holds."""
-        return {
-            "format": checkpoint.FORMAT,
-            "settings": self.settings,
-            "epoch": len(self.history),
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
-            "history": self.history,
-            "best": self.best,
-        }
-
-    def _write_metrics(self, directory: Path) -> None:
-        checkpoint.write_text(directory / METRICS, "".join(json.dumps(record) + "\n" for record in self.history))
-
-    def restore(self, path: Path) -> None:
-        """Take over a checkpoint. ValueError, before anything is changed, if it is of another run."""
-        content = checkpoint.load(path)
-        for name, value in {**self.settings, "scheduler": self.scheduler is not None}.items():
-            saved = content["scheduler"] is not None if name == "scheduler" else content["settings"].get(name)
-            if saved != value:
-                raise ValueError(f"resume: expected a run with {name} {value!r}, got {saved!r} in {path}")
-        here = self.content()
-        _check_same("the model's state", _shapes(here["model"]), _shapes(content["model"]), path)
-        _check_same("the best epoch's weights", _shapes(here["model"]), _shapes(content["best"]["model"]), path)
-        if self.scheduler is not None:
-            _check_same("the scheduler's state", set(here["scheduler"]), set(content["scheduler"]), path)
-        ours, theirs = ([g["params"] for g in c["optimizer"]["param_groups"]] for c in (here, content))
-        _check_same("the optimizer's parameter groups", ours, theirs, path)
-        self.optimizer.load_state_dict(content["optimizer"])
-        self.model.load_state_dict(content["model"])
-        if self.scheduler is not None:
-            self.scheduler.load_state_dict(content["scheduler"])
-        self.history, self.best = content["history"], content["best"]
-
-
-def _shapes(state: dict[str, Any]) -> dict[str, tuple[int, ...] | None]:
-    return {name: tuple(value.shape) if isinstance(value, Tensor) else None for name, value in state.items()}
-
-
-def _check_same(what: str, expected: Any, saved: Any, path: Path) -> None:
-    if saved != expected:
-        raise ValueError(f"resume: expected a run in which {what} is {expected}, got {saved} in {path}")
+@contextmanager
+def _criterion_of(model: MultimodalModel, loss: Criterion | None) -> Iterator[None]:
+    """The model's criterion is `loss`, if there is one; afterwards it is its own again."""
+    own = model.criterion
+    if loss is not None:
+        model.criterion = loss.to(device_of(model)) if isinstance(loss, nn.Module) else loss
+    try:
+        yield
+    finally:
+        model.criterion = own
 
 
 def _check_single_samples(model: MultimodalModel, data: MultimodalData, steps: Iterable[Step]) -> None:

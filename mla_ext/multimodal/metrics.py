@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Score", "macro_f1", "score"]
+__all__ = ["Score", "macro_f1", "score", "score_classes"]
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,11 @@ class Score:
 
 def score(logits: Tensor, labels: Tensor) -> Score:
     """logits (N, C), labels int64 (N,) on the same device, N >= 1. A tie goes to the first class."""
-    predicted = logits.argmax(dim=-1)
+    return score_classes(logits.argmax(dim=-1), labels)
+
+
+def score_classes(predicted: Tensor, labels: Tensor) -> Score:
+    """predicted, labels: int64 (N,) on the same device, N >= 1."""
     accuracy = (predicted == labels).double().mean().item()
     return Score(accuracy, macro_f1(predicted, labels), len(labels))
 

@@ -7,9 +7,9 @@ A model says what one epoch of training consists of (`steps`), what a step minim
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -20,17 +20,22 @@ from .data import MultimodalData
 __all__ = [
     "ORDERS",
     "ConcatModel",
+    "Criterion",
     "JointModel",
     "Logits",
     "MultimodalModel",
     "SharedHeadModel",
     "Step",
+    "full_precision",
     "mode_of",
     "scatter_rows",
     "shuffled_batches",
 ]
 
 ORDERS = ("given", "reversed", "random")
+
+
+Criterion: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
 class Step(NamedTuple):
@@ -52,6 +57,9 @@ class MultimodalModel(nn.Module, ABC):
     """What `fit` and `evaluate` need. Subclasses define `steps`, `loss` and `logits`.
 
     Args: encoders, one per modality, in order: a batch of inputs -> features (N, s).
+
+    Attributes: criterion, (logits (N, C), labels (N,)) -> their mean loss, a scalar. Cross entropy, or what `fit` is
+    given as `loss`.
     """
 
     def __init__(self, encoders: Mapping[str, nn.Module]) -> None:
@@ -65,6 +73,13 @@ class MultimodalModel(nn.Module, ABC):
         except (KeyError, TypeError) as error:  # a name with a dot, or that of a method of nn.ModuleDict
             raise ValueError(f"encoders: expected keys that can name modules, got {list(encoders)}: {error}") from error
         self.modalities = tuple(encoders)
+        self.criterion: Criterion = F.cross_entropy
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "criterion":  # a module too is a plain attribute, and no part of the model's state
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
 
     def check(self, data: MultimodalData) -> None:
         """Raise ValueError unless the model can be trained and evaluated on `data`."""
@@ -79,7 +94,7 @@ class MultimodalModel(nn.Module, ABC):
         return data.inputs(modality, indices).to(next(self.parameters()))
 
     def labels(self, data: MultimodalData, indices: Tensor) -> Tensor:
-        return data.labels[indices].to(next(self.parameters()).device)
+        return data.labels[indices].to(next(self.parameters()).device, non_blocking=True)
 
     @abstractmethod
     def steps(self, data: MultimodalData, batch_size: int, order: str, generator: torch.Generator) -> list[Step]:
@@ -130,20 +145,20 @@ class SharedHeadModel(MultimodalModel):
         return [Step((m,), batches[m][i]) for i in range(rounds) for m in turns if i < len(batches[m])]
 
     def loss(self, data: MultimodalData, step: Step) -> Tensor:
-        """The cross entropy of the step's modality alone."""
+        """The criterion of the step's modality alone."""
         (modality,) = step.modalities
-        logits = self(modality, self.inputs(data, modality, step.indices))
-        return F.cross_entropy(logits, self.labels(data, step.indices))
+        logits = full_precision(self(modality, self.inputs(data, modality, step.indices)))
+        return self.criterion(logits, self.labels(data, step.indices))
 
     def logits(self, data: MultimodalData, indices: Tensor) -> Logits:
         present = torch.stack([data.present(m)[indices] for m in self.modalities])
         none = next(self.parameters()).new_zeros(0, len(data.classes))  # an encoder may refuse an empty batch
         rows = [
-            self(m, self.inputs(data, m, indices[p])) if p.any() else none
+            full_precision(self(m, self.inputs(data, m, indices[p]))) if p.any() else none
             for m, p in zip(self.modalities, present, strict=True)
         ]
-        present = present.to(rows[0].device)
-        return Logits(torch.stack([scatter_rows(r, p) for r, p in zip(rows, present, strict=True)]), present)
+        unimodal = torch.stack([scatter_rows(r, p) for r, p in zip(rows, present, strict=True)])
+        return Logits(unimodal, present.to(unimodal.device))
 
 
 class JointModel(MultimodalModel):
@@ -164,8 +179,8 @@ class JointModel(MultimodalModel):
         """parts and present of these samples, on the device of the model."""
         present = torch.stack([data.present(m)[indices] for m in self.modalities])
         rows = [self._encoded(data, m, indices[p]) for m, p in zip(self.modalities, present, strict=True)]
-        present = present.to(rows[0].device)
-        return [scatter_rows(r, p) for r, p in zip(rows, present, strict=True)], present
+        parts = [scatter_rows(r, p) for r, p in zip(rows, present, strict=True)]
+        return parts, present.to(parts[0].device)
 
     def _encoded(self, data: MultimodalData, modality: str, indices: Tensor) -> Tensor:
         """The encoder's features (n, s). Of no samples, n = 0, it sees one recording instead, as it may refuse none."""
@@ -174,7 +189,7 @@ class JointModel(MultimodalModel):
             features: Tensor = encoder(self.inputs(data, modality, indices))
             return features
         with mode_of(encoder, training=False):  # neither draws random numbers nor moves a running mean
-            features = encoder(data.features[modality][:1].to(next(self.parameters())))
+            features = encoder(data.example(modality).to(next(self.parameters())))
         return features[:0]
 
     def steps(self, data: MultimodalData, batch_size: int, order: str, generator: torch.Generator) -> list[Step]:
@@ -183,13 +198,14 @@ class JointModel(MultimodalModel):
         return [Step(self.modalities, batch) for batch in batches]
 
     def loss(self, data: MultimodalData, step: Step) -> Tensor:
-        """The cross entropy of the joint prediction."""
-        return F.cross_entropy(self.joint(*self.features(data, step.indices)), self.labels(data, step.indices))
+        """The criterion of the joint prediction."""
+        joint = full_precision(self.joint(*self.features(data, step.indices)))
+        return self.criterion(joint, self.labels(data, step.indices))
 
     def logits(self, data: MultimodalData, indices: Tensor) -> Logits:
         parts, present = self.features(data, indices)
         unimodal = self.unimodal(parts, present).masked_fill(~present.unsqueeze(-1), 0.0)
-        return Logits(unimodal, present, self.joint(parts, present))
+        return Logits(full_precision(unimodal), present, full_precision(self.joint(parts, present)))
 
 
 class ConcatModel(JointModel):
@@ -241,7 +257,15 @@ def shuffled_batches(indices: Tensor, batch_size: int, generator: torch.Generato
 
 
 def scatter_rows(rows: Tensor, present: Tensor) -> Tensor:
-    """Put rows (n, s) where `present`, bool (N,), is true; zeros elsewhere: (N, s). Differentiable."""
+    """Put rows (n, s) where `present`, bool (N,), is true; zeros elsewhere: (N, s). Differentiable.
+
+    With `present` on the CPU the host does not wait for the device of `rows`.
+    """
     out = rows.new_zeros(len(present), *rows.shape[1:])
-    out[present] = rows
-    return out
+    places = present.nonzero().flatten().to(rows.device, non_blocking=True)
+    return out.index_copy(0, places, rows)
+
+
+def full_precision(logits: Tensor) -> Tensor:
+    """Autocast's half precision as float32, in which losses and fusions are computed; other dtypes as they are."""
+    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits

@@ -5,13 +5,30 @@ Everything here does nothing, at no cost, in a process of its own (torch.distrib
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-__all__ = ["broadcast", "is_main", "is_parallel", "share", "sum_gradients", "sum_over_ranks", "wait_for_all"]
+__all__ = ["broadcast", "is_main", "is_parallel", "joined", "share", "sum_gradients", "sum_over_ranks", "wait_for_all"]
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[None]:
+    """As one of the processes that torchrun started, if it did. They speak NCCL on GPUs and gloo on CPUs."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def is_parallel() -> bool:

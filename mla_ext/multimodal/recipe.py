@@ -54,9 +54,7 @@ def build(data: MultimodalData, settings: Settings) -> tuple[MultimodalModel, Op
     joint = settings.method == "concat"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        encoders = {
-            m: build_encoder(settings.encoder, data.features[m].shape[1:], settings.width) for m in data.modalities
-        }
+        encoders = {m: build_encoder(settings.encoder, data.shape(m), settings.width) for m in data.modalities}
         head = nn.Linear(settings.width * (len(encoders) if joint else 1), len(data.classes))
     model = ConcatModel(encoders, head) if joint else SharedHeadModel(encoders, head)
 

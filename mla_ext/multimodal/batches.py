@@ -1,0 +1,136 @@
+"""Reads what the steps of training and evaluation need, in worker processes ahead of time if asked to."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from .data import MultimodalData
+from .model import Step
+from .recordings import RecordingError
+
+__all__ = ["AtHand", "Loader"]
+
+
+class _Request(NamedTuple):
+    """A step, with its indices as an array, which costs less to send to a worker than a tensor."""
+
+    modalities: tuple[str, ...]
+    indices: np.ndarray
+    training: bool
+    seed: int  # of random transforms
+
+
+# Of each modality of a step the samples that have it, in their order, in the stored dtype.
+_Batch: TypeAlias = dict[str, Tensor]
+
+
+class _Batches(Dataset["_Batch | RecordingError"]):
+    """A map-style dataset whose items are batches, and whose "indices" are the requests for them."""
+
+    def __init__(self, data: MultimodalData) -> None:
+        self.data = data
+
+    def __getitem__(self, request: _Request) -> _Batch | RecordingError:
+        modalities, array, training, seed = request
+        indices, batch = torch.from_numpy(array), {}
+        try:
+            for modality in modalities:
+                having = indices[self.data.present(modality)[indices]]
+                if len(having) > 0:
+                    batch[modality] = self.data.read(modality, having, training, seed)
+        except RecordingError as error:  # returned: raised in a worker it would come with a page of traceback
+            return error
+        return batch
+
+
+class AtHand(MultimodalData):
+    """The data, of which the recordings of one step are read and on the device. Others are read when asked for."""
+
+    def __init__(self, data: MultimodalData, step: Step, batch: _Batch) -> None:
+        self.__dict__.update(vars(data))
+        self.__dict__["at_hand"] = (step.indices, batch)
+
+    def inputs(self, modality: str, indices: Tensor) -> Tensor:
+        ours, batch = self.__dict__["at_hand"]
+        if modality in batch and torch.equal(indices, ours[self.present(modality)[ours]]):
+            inputs: Tensor = batch[modality].float()
+            return inputs
+        return super().inputs(modality, indices)
+
+
+class Loader:
+    """Reads batches of `data` for a model on `device`: in this process, or in `workers` of its own, ahead of time.
+
+    The workers live as long as the loader.
+    """
+
+    def __init__(self, data: MultimodalData, device: torch.device, workers: int = 0) -> None:
+        self.data, self.device = data, device
+        self.waited = 0.0  # seconds that steps had to wait for their batch
+        self._requests: list[_Request] = []
+        self._batches = DataLoader(
+            _Batches(data),
+            batch_size=None,  # a request is a batch already
+            sampler=self._requests,
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            pin_memory=device.type == "cuda",
+            persistent_workers=workers > 0,
+            generator=torch.Generator(),  # else it would draw from the global one
+            # Forked workers share the data. Others would get a copy of what is memory-mapped.
+            multiprocessing_context="fork" if workers > 0 and sys.platform == "linux" else None,
+        )
+
+    def read(self, steps: Sequence[Step], training: bool = False, seed: int = 0) -> Iterator[AtHand]:
+        """For each step the data with its batch at hand. RecordingError, by name, for what cannot be read."""
+        self._requests[:] = [_Request(step.modalities, step.indices.numpy(), training, seed) for step in steps]
+        with torch.device("cpu"):  # where a DataLoader draws its seed, whatever the user's default
+            batches = iter(self._batches)
+        ahead = _OnGPU(batches, self.device) if self.device.type == "cuda" else batches
+        for step in steps:
+            begin = time.perf_counter()
+            batch = next(ahead)
+            self.waited += time.perf_counter() - begin
+            if isinstance(batch, RecordingError):
+                raise batch
+            yield AtHand(self.data, step, batch)
+
+
+class _OnGPU(Iterator["_Batch | RecordingError"]):
+    """Copies the next batch to the GPU while the GPU works on this one: on a stream of its own, from pinned memory."""
+
+    def __init__(self, batches: Iterator[_Batch | RecordingError], device: torch.device) -> None:
+        self.batches, self.device = batches, device
+        self.stream = torch.cuda.Stream(device)
+        self.ahead = self._copied()
+
+    def __next__(self) -> _Batch | RecordingError:
+        batch = self.ahead
+        if batch is None:
+            raise StopIteration
+        if isinstance(batch, dict):
+            current = torch.cuda.current_stream(self.device)
+            current.wait_stream(self.stream)
+            for tensor in batch.values():
+                tensor.record_stream(current)  # its memory is not given away before the current stream has used it
+            self.ahead = self._copied()
+        return batch
+
+    def _copied(self) -> _Batch | RecordingError | None:
+        batch = next(self.batches, None)
+        if not isinstance(batch, dict):
+            return batch
+        with torch.cuda.stream(self.stream):
+            return {modality: x.to(self.device, non_blocking=True) for modality, x in batch.items()}
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
