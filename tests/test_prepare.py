@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from scipy.io import wavfile
 
-from benchmarks.prepare import audio, build, images, kinetics_sounds, text
+from benchmarks.prepare import audio, build, images, kinetics_sounds, store, text
 from benchmarks.prepare.__main__ import DATASETS, main
 from benchmarks.prepare.samples import Clip
-from mla_ext import load_npz
+from mla_ext import load_folder, load_npz
 from mla_ext.multimodal.data import SPLITS
 
 ROOT = Path(__file__).parents[1]
@@ -435,6 +435,70 @@ def test_several_batches_are_one(tmp_path, monkeypatch):
     for modality in whole.modalities:
         assert torch.equal(whole.features[modality], parts.features[modality])
         assert torch.equal(whole.rows[modality], parts.rows[modality])
+
+
+# --- a folder in place of a file
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_folder_holds_the_same(tmp_path, name):
+    root, out = copy(name, tmp_path), tmp_path / "out" / "data"
+    expected, names = prepare(name, root)
+    arguments = [name, "--root", root, "--out", out, "--size", 4, "--no-progress", "--format", "folder"]
+    assert main(list(map(str, arguments))) == 0
+    data = load_folder(out)
+    assert [path.name for path in out.parent.iterdir()] == ["data"]
+    assert data.checksum() == expected.checksum()
+    assert (data.modalities, data.classes) == (expected.modalities, expected.classes)
+    assert np.load(out / "name.npy").tolist() == names
+    assert all(isinstance(features, np.memmap) for features in data.features.values())
+
+
+def test_a_folder_leaves_out_what_is_damaged(tmp_path):
+    """The count of recordings is known at the end only."""
+    root, out = copy("crema-d", tmp_path), tmp_path / "data"
+    damage(root)
+    expected, _ = prepare("crema-d", root, "--skip-damaged")
+    arguments = ["crema-d", "--root", root, "--out", out, "--size", 4, "--no-progress", "--format", "folder"]
+    assert main([*map(str, arguments), "--skip-damaged"]) == 0
+    assert load_folder(out).checksum() == expected.checksum()
+
+
+def test_a_folder_is_written_whole_or_not_at_all(tmp_path, capsys, monkeypatch):
+    root, out = copy("mvsa-single", tmp_path), tmp_path / "out" / "data"
+    arguments = ["mvsa-single", "--root", str(root), "--out", str(out), "--size", "4", "--no-progress"]
+    arguments += ["--format", "folder"]
+    for fault in (KeyboardInterrupt(), OSError(28, "No space left on device")):
+
+        def failing(*_, fault=fault):
+            raise fault
+
+        with monkeypatch.context() as patch:
+            patch.setattr(store.Folder, "save", failing)
+            if isinstance(fault, OSError):
+                assert main(arguments) == 2
+                assert "No space left on device" in capsys.readouterr().err
+            else:
+                with pytest.raises(KeyboardInterrupt):
+                    main(arguments)
+        assert list(out.parent.iterdir()) == []
+    (out.parent / ".data.tmp").mkdir()  # of a run that was killed
+    (out.parent / ".data.tmp" / "x_text.npy").write_bytes(b"half")
+    assert main(arguments) == 0
+    files = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert main(arguments) == 2
+    assert "--out: expected a folder that does not exist yet" in capsys.readouterr().err
+    assert files == {path.name: path.read_bytes() for path in out.iterdir()}
+    assert [path.name for path in out.parent.iterdir()] == ["data"]
+
+
+def test_the_header_has_room_for_any_count(tmp_path):
+    with open(tmp_path / "a.npy", "wb+") as file:
+        rows = store.Rows("a", file)
+        for _ in range(5):
+            rows.append(np.ones((25_000, 2), np.uint8))
+        rows.array()
+    assert np.load(tmp_path / "a.npy").shape == (125_000, 2)
 
 
 # --- what is not as expected

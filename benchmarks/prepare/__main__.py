@@ -1,4 +1,4 @@
-"""`python -m benchmarks.prepare NAME --root DIR --out FILE.npz`: a local copy of a dataset in the common format."""
+"""`python -m benchmarks.prepare NAME --root DIR --out PATH`: a local copy of a dataset in the common format."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             encoders=_encoders(corpus, arguments.encoder),
             frames=arguments.frames,
             size=arguments.size,
+            form=arguments.format,
             skip_damaged=arguments.skip_damaged,
             progress=arguments.progress,
         )
@@ -77,7 +78,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.prepare", description=__doc__)
     parser.add_argument("name", choices=tuple(DATASETS), help="where each is expected: docs/datasets.md")
     parser.add_argument("--root", type=Path, required=True, help="folder of your copy")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE.npz", help="replaced if it exists")
+    parser.add_argument("--out", type=Path, required=True, metavar="PATH", help="a file is replaced")
+    forms = "one .npz, or a folder of .npy files that training need not hold in memory (default %(default)s)"
+    parser.add_argument("--format", choices=("npz", "folder"), default=Options.form, help=forms)
     parser.add_argument("--modalities", nargs="+", metavar="NAME", help="only these (default: all)")
     parser.add_argument(
         "--encoder",

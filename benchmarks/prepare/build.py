@@ -1,4 +1,4 @@
-"""Reads the recordings of a corpus and writes them as one `.npz` of the common format (see `mla_ext.load_npz`)."""
+"""Reads the recordings of a corpus and writes them in the common format (see `mla_ext.load_npz` and `load_folder`)."""
 
 from __future__ import annotations
 
@@ -8,21 +8,20 @@ import functools
 import importlib
 import itertools
 import math
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from mla_ext.multimodal.checkpoint import write_atomic
 from mla_ext.multimodal.data import SPLITS
 
 from . import audio, images, text
 from .samples import Clip, Corpus, Sample, check
+from .store import Rows, opened
 
 BATCH = 64  # recordings that an encoder gets at once
 
@@ -36,6 +35,7 @@ class Options:
     encoders: Mapping[str, Encoder] = field(default_factory=dict)
     frames: int = 3  # of a video
     size: int = 64  # pixels, the side of an image
+    form: str = "npz"  # or "folder"
     skip_damaged: bool = False
     progress: bool = True
 
@@ -51,30 +51,29 @@ class Summary:
 def build(corpus: Corpus, out: Path, options: Options) -> Summary:
     """Write `out`, whole or not at all.
 
-    Of every modality one batch is in memory at a time (texts: all); rows wait in a nameless temporary file beside
-    `out`. Keys are those of the format, and `name`, which sample it was. Raises ValueError that names the recording,
-    the encoder or the split that is not as expected.
+    Of every modality one batch is in memory at a time (texts: all). Keys are those of the format, and `name`, which
+    sample it was. Raises ValueError that names the recording, the encoder or the split that is not as expected.
     """
     check(corpus)
-    out.parent.mkdir(parents=True, exist_ok=True)
     recordings = _Recordings(corpus, options)
     arrays: dict[str, np.ndarray] = {}
     rows: dict[str, np.ndarray] = {}
     with contextlib.ExitStack() as files:
+        store = files.enter_context(opened(out, options.form))
         for modality in corpus.modalities:
-            store = _Rows(modality, files.enter_context(tempfile.TemporaryFile(dir=out.parent)))
+            stored = Rows(modality, files.enter_context(store.rows(modality)))
             rows[modality] = np.full(len(corpus.samples), -1)
             for indices, block in _encoded(corpus, modality, recordings, options):
-                rows[modality][indices] = np.arange(len(indices)) + store.count
-                store.append(block)
-            arrays[f"x_{modality}"] = store.array()
+                rows[modality][indices] = np.arange(len(indices)) + stored.count
+                stored.append(block)
+            arrays[f"x_{modality}"] = stored.array()
         kept = np.any([row >= 0 for row in rows.values()], axis=0)
         samples = [sample for sample, keep in zip(corpus.samples, kept, strict=True) if keep]
         check(dataclasses.replace(corpus, samples=samples))
         shapes = {modality: arrays[f"x_{modality}"].shape for modality in corpus.modalities}
         arrays |= {f"row_{modality}": row[kept] for modality, row in rows.items()}
         arrays |= _facts(corpus, samples)
-        write_atomic(out, lambda file: np.savez_compressed(file, **arrays))
+        store.save(arrays)
     counts = {split: sum(sample.split == split for sample in samples) for split in SPLITS}
     return Summary(counts, shapes, recordings.damaged, len(corpus.samples) - len(samples))
 
@@ -164,34 +163,6 @@ class _Recordings:
                 f"{len(missing)} recordings of {len(self.corpus.samples)} samples are missing; --skip-damaged leaves "
                 f"them out. The first: {'; '.join(missing[:3])}"
             )
-
-
-class _Rows:
-    """Rows of one shape and dtype in a nameless temporary file, as they may be more than memory holds."""
-
-    def __init__(self, modality: str, file: IO[bytes]) -> None:
-        self.modality, self.file = modality, file
-        self.count = 0
-        self.shape: tuple[int, ...] = ()
-        self.dtype = np.dtype(np.float32)
-
-    def append(self, block: np.ndarray) -> None:
-        if self.count == 0:
-            self.shape, self.dtype = block.shape[1:], block.dtype
-        if (block.shape[1:], block.dtype) != (self.shape, self.dtype):
-            raise ValueError(
-                f"{self.modality}: expected rows of {self.dtype} {self.shape}, as before, got {block.dtype} "
-                f"{block.shape[1:]}"
-            )
-        self.file.write(np.ascontiguousarray(block).data)
-        self.count += len(block)
-
-    def array(self) -> np.ndarray:
-        """(count, *shape), on the disk. ValueError if there are none."""
-        if self.count == 0:
-            raise ValueError(f"{self.modality}: expected at least one recording that can be read, found none")
-        self.file.flush()
-        return np.memmap(self.file, self.dtype, mode="r", shape=(self.count, *self.shape))
 
 
 def _checked(name: str, encoder: Encoder, batch: Sequence[Any]) -> np.ndarray:

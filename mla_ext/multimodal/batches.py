@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -69,7 +70,7 @@ class AtHand(MultimodalData):
 class Loader:
     """Reads batches of `data` for a model on `device`: in this process, or in `workers` of its own, ahead of time.
 
-    The workers live as long as the loader.
+    The workers live until the loader is closed: use it in a `with` statement.
     """
 
     def __init__(self, data: MultimodalData, device: torch.device, workers: int = 0) -> None:
@@ -88,6 +89,16 @@ class Loader:
             # Forked workers share the data. Others would get a copy of what is memory-mapped.
             multiprocessing_context="fork" if workers > 0 and sys.platform == "linux" else None,
         )
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Ends the workers now. An error on its way would keep them alive, for workers that start later to inherit."""
+        end = getattr(self._batches._iterator, "_shutdown_workers", None)
+        if end is not None:
+            with suppress(RuntimeError):  # by torch, while it waits for a worker that was killed
+                end()
 
     def read(self, steps: Sequence[Step], training: bool = False, seed: int = 0) -> Iterator[AtHand]:
         """For each step the data with its batch at hand. RecordingError, by name, for what cannot be read."""

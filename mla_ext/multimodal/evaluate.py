@@ -79,7 +79,9 @@ def predict(
     computed where the model is; `workers` and `amp` are as for `fit`.
     """
     device = device_of(model)
-    return _predict(model, Loader(data, device, workers), indices, batch_size, Precision(amp, device))
+    precision = Precision(amp, device)
+    with Loader(data, device, workers) as loader:
+        return _predict(model, loader, indices, batch_size, precision)
 
 
 def evaluate(
@@ -102,7 +104,9 @@ def evaluate(
     check_positive("batch_size", batch_size)
     check_workers(workers)
     device = device_of(model)
-    return score_split(model, Loader(data, device, workers), split, batch_size, Precision(amp, device))
+    precision = Precision(amp, device)
+    with Loader(data, device, workers) as loader:
+        return score_split(model, loader, split, batch_size, precision)
 
 
 def score_split(model: MultimodalModel, loader: Loader, split: str, batch_size: int, precision: Precision) -> Report:

@@ -117,6 +117,8 @@ def fit(
     check_workers(workers)
     if scheduler is not None and (not isinstance(scheduler, LRScheduler) or isinstance(scheduler, ReduceLROnPlateau)):
         raise TypeError(f"scheduler: expected an LRScheduler that needs no metric, got {type(scheduler).__name__}")
+    if clip_grad_norm is not None and (isinstance(clip_grad_norm, bool) or not isinstance(clip_grad_norm, int | float)):
+        raise TypeError(f"clip_grad_norm: expected a number, got {clip_grad_norm!r}")
     if clip_grad_norm is not None and not clip_grad_norm > 0:
         raise ValueError(f"clip_grad_norm: expected a number above 0, got {clip_grad_norm!r}")
     if loss is not None and not callable(loss):
@@ -157,15 +159,15 @@ def fit(
         for encoder in model.encoders.values():
             encoder.compile()
 
-    loader = Loader(data, device, workers)
-    training = _Training(model, optimizer, loader, precision, clip_grad_norm)
     first = len(run.history) + 1
     per_epoch = len(epoch_steps(first))
     total, done = per_epoch * max(epochs, first - 1), per_epoch * (first - 1)
     with (
         _criterion_of(model, loss),
+        Loader(data, device, workers) as loader,
         tqdm(total=total, initial=done, unit="step", disable=not (progress and parallel.is_main())) as bar,
     ):
+        training = _Training(model, optimizer, loader, precision, clip_grad_norm)
         for epoch in range(first, epochs + 1):
             bar.set_description(f"epoch {epoch}/{epochs} on {device}")
             with explained(f"epoch {epoch}"), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
