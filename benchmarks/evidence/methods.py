@@ -16,6 +16,7 @@ from torch.optim import SGD, Optimizer
 
 from mla_ext import ConcatModel, MultimodalData, ProjectedSGD, SharedHeadModel, fit
 from mla_ext.multimodal.encoders import build_encoder
+from mla_ext.multimodal.late import LateFusionModel, per_modality_loss
 from mla_ext.multimodal.model import JointModel, Logits, MultimodalModel, Step
 
 from ..released import project_as_released
@@ -43,37 +44,17 @@ class Setting:
         return SGD(model.parameters(), lr=self.lr, momentum=MOMENTUM, weight_decay=self.weight_decay)
 
 
-def per_modality_loss(unimodal: Tensor, present: Tensor, labels: Tensor) -> Tensor:
-    """Σ_m CE(z_m), each the mean over the samples that have the modality."""
-    return sum(F.cross_entropy(z[p], labels[p]) for z, p in zip(unimodal, present, strict=True) if p.any())
-
-
 # ---- Joint training --------------------------------------------------------------------------------------------------
 
 
-class Sum(JointModel):
+class Sum(LateFusionModel):
     """z = Σ_m (W_m h_m + b_m), over the modalities that a sample has."""
 
-    def __init__(self, encoders: dict[str, nn.Module], heads: list[nn.Linear]) -> None:
-        super().__init__(encoders)
-        self.heads = nn.ModuleList(heads)
-
-    def unimodal(self, parts: list[Tensor], present: Tensor) -> Tensor:
-        return torch.stack([head(part) for head, part in zip(self.heads, parts, strict=True)])
-
     def joint(self, parts: list[Tensor], present: Tensor) -> Tensor:
-        return self.unimodal(parts, present).masked_fill(~present.unsqueeze(-1), 0.0).sum(dim=0)
-
-
-class LateFusion(Sum):
-    """Each encoder and head on a loss of its own; the logits of the modalities present are averaged."""
-
-    def joint(self, parts: list[Tensor], present: Tensor) -> Tensor:
-        return super().joint(parts, present) / present.sum(dim=0).unsqueeze(-1)
+        return self.summed(parts, present)
 
     def loss(self, data: MultimodalData, step: Step) -> Tensor:
-        parts, present = self.features(data, step.indices)
-        return per_modality_loss(self.unimodal(parts, present), present, self.labels(data, step.indices))
+        return JointModel.loss(self, data, step)
 
 
 class ProbedModel(JointModel):
@@ -293,7 +274,7 @@ def build_concat(data: MultimodalData, s: Setting) -> Built:
     return model, s.sgd(model)
 
 
-def build_heads(kind: type[Sum], shared: bool = False) -> Build:
+def build_heads(kind: type[LateFusionModel], shared: bool = False) -> Build:
     """A head for each modality, or one for all."""
 
     def build(data: MultimodalData, s: Setting) -> Built:
@@ -384,7 +365,7 @@ ALPHAS = ("alpha", (0.01, 1.0, 100.0, 10000.0))
 METHODS = {
     "sum": Method("Sum", build_heads(Sum), HEAD),
     "concat": Method("Concat", build_concat, COLUMNS),
-    "late": Method("Late fusion", build_heads(LateFusion), HEAD),
+    "late": Method("Late fusion", build_heads(LateFusionModel), HEAD),
     "film": Method("FiLM", build_probed(FiLM), PROBE),
     "bigated": Method("BiGated", build_probed(BiGated), PROBE),
     "ogm-ge": Method("OGM-GE", build_ogm_ge, COLUMNS, "alpha", (0.1, 0.3, 0.5, 0.8)),
@@ -397,5 +378,5 @@ METHODS = {
     "mla-undecayed": Method("MLA, head not decayed", build_mla_undecayed, SHARED, *ALPHAS),
     "mla-forget": Method("MLA, forget", build_mla_forget, SHARED, "forget", (1e-3, 1e-2, 1e-1, 3e-1)),
     "sum-shared": Method("Sum, one shared head", build_heads(Sum, shared=True), SHARED),
-    "late-shared": Method("Late fusion, one shared head", build_heads(LateFusion, shared=True), SHARED),
+    "late-shared": Method("Late fusion, one shared head", build_heads(LateFusionModel, shared=True), SHARED),
 }
