@@ -84,6 +84,45 @@ def test_resume_ends_where_an_uninterrupted_run_does(capsys, tmp_path, file):
     assert (tmp_path / "parts" / "report.json").read_text() == before
 
 
+def test_a_folder_is_the_same_data(capsys, tmp_path, file):
+    """A run of one goes on with the other, with workers; the results are the same to the last digit."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with np.load(file) as arrays:
+        for key, array in arrays.items():
+            np.save(folder / f"{key}.npy", array)
+    assert train(file, "--epochs", 3, "--out", tmp_path / "file") == 0
+    assert train(str(folder), "--epochs", 2, "--workers", 2, "--out", tmp_path / "folders") == 0
+    assert train(file, "--epochs", 3, "--out", tmp_path / "folders", "--resume") == 0
+    for name in ("report.json", "metrics.jsonl"):
+        assert (tmp_path / "file" / name).read_text() == (tmp_path / "folders" / name).read_text()
+    capsys.readouterr()
+    assert cli.main(["evaluate", "--data", str(folder), "--run", str(tmp_path / "file")]) == 0
+    table = capsys.readouterr().out.splitlines()[1:]
+    assert cli.main(["evaluate", "--data", file, "--run", str(tmp_path / "file")]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == table
+
+
+def test_device_and_precision(capsys, tmp_path, file):
+    assert train(file, "--epochs", 2, "--device", "cpu", "--amp", "bf16", "--out", tmp_path / "half") == 0
+    half = capsys.readouterr().out.splitlines()
+    assert "trained on cpu, test split:" in half[0]
+    assert cli.main(["evaluate", "--data", file, "--run", str(tmp_path / "half")]) == 0  # in the run's precision
+    assert capsys.readouterr().out.splitlines()[1:] == half[1:-1]
+    assert train(file, "--epochs", 2, "--device", "cpu", "--out", tmp_path / "full") == 0
+    metrics = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("half", "full")]
+    assert metrics[0] != metrics[1]
+    capsys.readouterr()
+    message = error(capsys, "train", "--data", file, "--device", "cpu", "--out", tmp_path / "half", "--resume")
+    assert "resume: expected a run with amp None, got 'bf16'" in message
+    for option, value, expected in (
+        ("--device", "tpu", "device: expected one that works here, got 'tpu'"),
+        ("--workers", "-1", "argument --workers: expected an integer of at least 0"),
+        ("--amp", "fp8", "invalid choice: 'fp8'"),
+    ):
+        assert expected in error(capsys, "train", "--data", file, option, value)
+
+
 def test_methods_and_settings_reach_the_training(capsys, tmp_path, file):
     outputs = set()
     for options in (

@@ -75,7 +75,8 @@ class Loader:
 
     def __init__(self, data: MultimodalData, device: torch.device, workers: int = 0) -> None:
         self.data, self.device = data, device
-        self.waited = 0.0  # seconds that steps had to wait for their batch
+        self.waiting = 0.0  # the share of the last training epoch in which steps waited for their batch
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._requests: list[_Request] = []
         self._batches = DataLoader(
             _Batches(data),
@@ -103,44 +104,28 @@ class Loader:
     def read(self, steps: Sequence[Step], training: bool = False, seed: int = 0) -> Iterator[AtHand]:
         """For each step the data with its batch at hand. RecordingError, by name, for what cannot be read."""
         self._requests[:] = [_Request(step.modalities, step.indices.numpy(), training, seed) for step in steps]
+        start, waited = time.perf_counter(), 0.0
         with torch.device("cpu"):  # where a DataLoader draws its seed, whatever the user's default
             batches = iter(self._batches)
-        ahead = _OnGPU(batches, self.device) if self.device.type == "cuda" else batches
         for step in steps:
             begin = time.perf_counter()
-            batch = next(ahead)
-            self.waited += time.perf_counter() - begin
+            batch = next(batches)
+            waited += time.perf_counter() - begin
             if isinstance(batch, RecordingError):
                 raise batch
-            yield AtHand(self.data, step, batch)
+            yield AtHand(self.data, step, batch if self._copies is None else self._on_gpu(batch, self._copies))
+        if training:
+            self.waiting = waited / (time.perf_counter() - start)
 
-
-class _OnGPU(Iterator["_Batch | RecordingError"]):
-    """Copies the next batch to the GPU while the GPU works on this one: on a stream of its own, from pinned memory."""
-
-    def __init__(self, batches: Iterator[_Batch | RecordingError], device: torch.device) -> None:
-        self.batches, self.device = batches, device
-        self.stream = torch.cuda.Stream(device)
-        self.ahead = self._copied()
-
-    def __next__(self) -> _Batch | RecordingError:
-        batch = self.ahead
-        if batch is None:
-            raise StopIteration
-        if isinstance(batch, dict):
-            current = torch.cuda.current_stream(self.device)
-            current.wait_stream(self.stream)
-            for tensor in batch.values():
-                tensor.record_stream(current)  # its memory is not given away before the current stream has used it
-            self.ahead = self._copied()
-        return batch
-
-    def _copied(self) -> _Batch | RecordingError | None:
-        batch = next(self.batches, None)
-        if not isinstance(batch, dict):
-            return batch
-        with torch.cuda.stream(self.stream):
-            return {modality: x.to(self.device, non_blocking=True) for modality, x in batch.items()}
+    def _on_gpu(self, batch: _Batch, copies: torch.cuda.Stream) -> _Batch:
+        """Copied on a stream of its own, while the GPU is still busy with the steps before."""
+        with torch.cuda.stream(copies):
+            moved = {modality: x.to(self.device, non_blocking=True) for modality, x in batch.items()}
+        current = torch.cuda.current_stream(self.device)
+        current.wait_stream(copies)
+        for x in moved.values():
+            x.record_stream(current)  # its memory is not given away before the current stream has used it
+        return moved
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -185,7 +185,13 @@ def fit(
                 run.save(directory)
             if on_epoch is not None:
                 on_epoch(run.history[-1])
-            bar.set_postfix({"validation": f"{report.accuracy:.2%}", "best": f"{run.best['accuracy']:.2%}"})
+            bar.set_postfix(
+                {
+                    "validation": f"{report.accuracy:.2%}",
+                    "best": f"{run.best['accuracy']:.2%}",
+                    "waits for data": f"{loader.waiting:.0%}",
+                }
+            )
     model.load_state_dict(run.best["model"])
     return run.history
 
