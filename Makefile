@@ -8,7 +8,7 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check install --quiet --constraint $(CONSTRAINTS)
 NATIVE = $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test lint format bench evidence docs audit install-matrix fuzz faults numerics gpu-check clean
+.PHONY: demo test lint format bench evidence evidence-quick rank docs audit install-matrix fuzz faults numerics gpu-check clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/mla-ext demo
@@ -37,12 +37,22 @@ bench: $(VENV)/.installed
 	$(RUN) -m benchmarks.speed.training $(BENCH)
 	$(RUN) -m benchmarks.speed.host_time $(BENCH)
 
-# All tables and figures of the method on DATA: 77 minutes on two cores with the four datasets of docs/evidence.md,
-# make evidence DATA="digits avdigits.npz wikipedia.npz mfeat.npz". An interrupted run continues where it was.
+# All tables and figures of the method on DATA. An interrupted run continues where it was. The six datasets:
+# make evidence DATA="digits avdigits.npz mfeat.npz wikipedia.npz mosi.npz leaves.npz".
 DATA ?= digits
 SEEDS ?= 5
 evidence: $(VENV)/.installed
 	$(RUN) -m benchmarks.evidence all --data $(DATA) --seeds $(SEEDS)
+
+# The same with two seeds and few trials, in build/evidence-quick, and every page says so.
+evidence-quick: $(VENV)/.installed
+	$(RUN) -m benchmarks.evidence all --data $(DATA) --quick
+
+# The rank form of P against the dense one on DATA, an hour on one core with six datasets; the picture is of the first.
+rank: $(VENV)/.installed
+	$(RUN) -m benchmarks.evidence.rank --data $(DATA) --seeds $(SEEDS)
+	$(RUN) -m benchmarks.evidence.kept --data $(DATA) --seeds $(SEEDS)
+	$(RUN) -m benchmarks.evidence.frontier --data $(firstword $(DATA))
 
 # The pages of docs/ with the docstrings, as build/site/index.html.
 docs: $(VENV)/.installed
@@ -76,8 +86,10 @@ numerics: $(VENV)/.installed
 	$(RUN) -m benchmarks.stress.numerics
 
 # On a machine with a GPU, in its own Python (PYTHON=...): build, tests, sanitizers and benchmarks, as files in $$OUT.
+# DEVICE=emulated makes a dry run on any machine, in build/gpu_check.
+DEVICE ?= cuda
 gpu-check:
-	PYTHON=$(PYTHON) bash benchmarks/gpu_check.sh
+	PYTHON=$(PYTHON) DEVICE=$(DEVICE) bash benchmarks/gpu_check.sh
 
 clean:
 	rm -rf build dist *.egg-info mla_ext/_C*.so mla_ext/_build.json $(VENV)/.installed

@@ -7,6 +7,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 
 namespace mla_ext {
 
@@ -14,6 +15,10 @@ enum class DType { Float32, Float64, BFloat16, Float16 };
 
 /// Bytes of one element of P, of h, of a momentum buffer or of a fusion weight.
 constexpr size_t accumulate_bytes(DType dtype) { return dtype == DType::Float64 ? 8 : 4; }
+
+/// In the rank form, an eigenvalue of P below this part of beta is nothing but rounding.
+template <class A>
+constexpr A kRankNoise = 64 * std::numeric_limits<A>::epsilon();
 
 /// P = B - K^T K, or with no B: P = beta I - K^T K (the rank form).
 struct Projection {

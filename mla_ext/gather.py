@@ -14,7 +14,7 @@ from torch.autograd.graph import increment_version
 
 from . import backends, checks, head_state, ops
 from .backends import Backend
-from .observation import average_over_ranks
+from .observation import Observation, average_over_ranks
 from .plain import check_plain_step, plain_step
 from .reference import Hyperparameters, accumulate_dtype
 from .sharding import local_shards
@@ -22,11 +22,12 @@ from .step import HeadStep, PlainStep
 
 if TYPE_CHECKING:
     from .optimizer import ProjectedSGD
+    from .recording import Recorder
 
 __all__ = ["HYPERPARAMETERS", "Gathered", "Gatherer"]
 
 HYPERPARAMETERS = tuple(Hyperparameters.__dataclass_fields__)
-MAY_CHANGE = {"lr", "alpha"}  # and a head's checked step still holds: what schedulers write
+MAY_CHANGE = {"lr", "alpha"}  # Schedulers write these. A head's checked step holds with any value of them.
 NO_STATE: Mapping[str, Any] = {}
 
 
@@ -36,6 +37,7 @@ class Gathered:
 
     plain: list[tuple[dict[str, Any], PlainStep]]
     heads: list[tuple[HeadStep, Backend]]
+    used: list[tuple[Recorder, Observation]]  # whose memory is free after the step
     grad_scale: Tensor | None
     found_inf: Tensor | None
 
@@ -49,10 +51,11 @@ class Gathered:
         if not moved or any(group["foreach"] or group["fused"] for group, _ in self.plain):
             return False
         backend = self.heads[0][1] if heads else backends.choose(name, moved[0].device)
-        if any(other is not backend for _, other in self.heads) or not backend.step_(plain, heads):
+        if any(other is not backend for _, other in self.heads):
             return False
-        increment_version(moved)  # as any in-place op does; what autograd saved is then known to be stale
-        return True
+        if not torch.is_inference_mode_enabled():
+            increment_version(moved)  # as any in-place op does; what autograd saved is then known to be stale
+        return backend.step_(plain, heads)
 
     def check(self, states: Mapping[Tensor, dict[str, Any]]) -> None:
         """Raises what would make one of the steps fail halfway."""
@@ -160,13 +163,16 @@ class Gatherer:
             self.head_step(weight, states[weight], group, hyper, mean, (grad_scale, found_inf), optimizer.backend)
             for (group, hyper, weight), mean in zip(heads, means, strict=True)
         ]
-        for (*_, weight), mean in zip(heads, means, strict=True):
-            if mean is None and not torch.compiler.is_compiling():
+        used: list[tuple[Recorder, Observation]] = []
+        if not torch.compiler.is_compiling():
+            for (*_, weight), observation, mean in zip(heads, observations, means, strict=True):
                 reference = attached.get(weight)
                 recorder = None if reference is None else reference()
-                if recorder is not None:  # else fed by hand, or the handle was removed
+                if recorder is not None and observation is not None:
+                    used.append((recorder, observation))
+                elif recorder is not None and mean is None:
                     recorder.starve()
-        return Gathered(plain, steps, grad_scale, found_inf)
+        return Gathered(plain, steps, used, grad_scale, found_inf)
 
     def tell_apart(self, optimizer: ProjectedSGD) -> list[Part]:
         """The plain parameters and the heads of each group."""
@@ -193,6 +199,7 @@ class Gatherer:
                 part.plain = [(param, states[param]) for param, _ in part.plain]
         if not torch.compiler.is_compiling():
             self.parts, self.states, self.attached = parts, [*states.values()], len(attached)
+            self.heads.clear()  # keeps nothing alive that is gone
         return parts
 
     def hyper(self, index: int, group: dict[str, Any]) -> Hyperparameters:

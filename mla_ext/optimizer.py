@@ -185,6 +185,8 @@ class ProjectedSGD(Optimizer):
         if not steps.run_at_once(self.backend):
             steps.check(self.state)
             steps.run(self.state)
+        for recorder, observation in steps.used:
+            recorder.spare = observation
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -231,12 +233,13 @@ class ProjectedSGD(Optimizer):
         if self._has_loaded:
             self._warn_of_identity(weight, stacklevel=4)
 
-    def _record(self, weight: Tensor, features: Tensor) -> Observation:
-        new = observe(features, accumulate_dtype(weight.dtype), self.backend)
+    def _record(self, weight: Tensor, features: Tensor) -> None:
+        self._join(weight, observe(features, accumulate_dtype(weight.dtype), self.backend))
+
+    def _join(self, weight: Tensor, new: Observation) -> None:
         observation = self._observed.setdefault(weight, new)
         if observation is not new:
             observation.add(new)
-        return observation
 
     def _warn_of_identity(self, weight: Tensor, stacklevel: int) -> None:
         if not head_state.has_projection(self.state.get(weight, {})):

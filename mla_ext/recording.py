@@ -38,13 +38,13 @@ class Link:
 class Recorder:
     """The forward hook of a head whose weight is `weight`. It never makes a forward fail that works without it.
 
-    `last` is the last observation, whose memory is free again after the step. `starved` counts the steps in a row, each
-    with a gradient, before which this head was fed nothing.
+    `spare` is an observation that a step is done with: its memory takes the next one. `starved` counts the steps in a
+    row, each with a gradient, before which this head was fed nothing.
     """
 
     def __init__(self, link: Link, weight: Tensor) -> None:
         self.link, self.weight = link, weight
-        self.last: Observation | None = None
+        self.spare: Observation | None = None
         self.starved, self.has_skipped, self.has_starved = 0, False, False
 
     def __call__(self, head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -55,10 +55,11 @@ class Recorder:
             return
         self.starved = 0
         features: Any = args[0] if args else kwargs.get("input")
-        if self.last is not None and self.weight not in optimizer._observed and not torch.compiler.is_compiling():
-            renewed = self.last.renewed(features)
+        spare, self.spare = self.spare, None  # another thread must not find it
+        if spare is not None and not torch.compiler.is_compiling():
+            renewed = spare.renewed(features)
             if renewed is not None:
-                optimizer._observed[self.weight] = renewed
+                optimizer._join(self.weight, renewed)
                 return
         if not _has_rows(features, self.weight):
             if not self.has_skipped:
@@ -74,9 +75,10 @@ class Recorder:
             features = features.detach().reshape(-1, features.shape[-1])
             if type(features) is not Tensor:  # P is a plain tensor, whatever the features
                 features = features.as_subclass(Tensor)
-            observation = optimizer._record(self.weight, features)
-            if not torch.compiler.is_compiling():
-                self.last = observation
+            optimizer._record(self.weight, features)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"spare": None}
 
     def starve(self) -> None:
         """A step with a gradient and no features: said once, at the second in a row, as one alone may be a trial."""

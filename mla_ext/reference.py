@@ -82,6 +82,14 @@ def rls_update(
     return torch.where(d.isfinite() & (d != 0), updated, P)
 
 
+RANK_NOISE = 64
+"""In the rank form, an eigenvalue of P below so many epsilon of β is nothing but rounding."""
+
+
+def _rank_noise(dtype: torch.dtype) -> float:
+    return RANK_NOISE * torch.finfo(dtype).eps
+
+
 def rank_product(X: Tensor, beta: Tensor, rows: Tensor) -> Tensor:
     """X P of the rank form P = βI − KᵀK, as βX − (X Kᵀ) K: X (..., s), beta 0-d, rows K (r, s) -> (..., s)."""
     return beta * X - (X @ rows.T) @ rows
@@ -97,15 +105,18 @@ def rank_update(
     """`rls_update` of P = βI − KᵀK: one row k / √d more, with k = P h̄; then β ← (1−ρ)β + ρ and K ← √(1−ρ) K.
 
     Returns β (0-d) and K (r + 1, s), or both as they were where d is infinite, NaN or 0. In exact arithmetic
-    h̄ᵀk ≥ |k|²/β, because 0 ⪯ P ⪯ βI. The larger of the two is used, so that d ≥ α. Where h̄ᵀk is less than half of
-    |k|²/β, k is nothing but rounding and becomes no row: P would become indefinite.
+    h̄ᵀk ≥ |k|²/β, because 0 ⪯ P ⪯ βI; the larger of the two is used. k is P h̄ only to within εβ|h̄|, and an error that
+    is large beside √d would make P indefinite: α is at least RANK_NOISE εβ|h̄|². Where h̄ᵀk is less than that, P has
+    nothing left along h̄, and no row is added.
     """
-    k = rank_product(feature_mean, beta, rows)
-    least = torch.dot(k, k) / beta
-    d = alpha + torch.maximum(torch.dot(feature_mean, k), least)
+    h = feature_mean
+    k = rank_product(h, beta, rows)
+    along, least = torch.dot(h, k), torch.where(beta > 0, torch.dot(k, k) / beta, 0.0)
+    noise = _rank_noise(rows.dtype) * beta * torch.dot(h, h)
+    d = noise.clamp(min=alpha) + torch.maximum(along, least)
     if not (d.isfinite() and d > 0):
         return beta, rows
-    if torch.dot(feature_mean, k) >= least / 2:
+    if along >= noise:
         rows = torch.cat([rows, (k / d.sqrt()).unsqueeze(0)])
     return (1 - forget) * beta + forget, (1 - forget) ** 0.5 * rows
 
@@ -115,14 +126,15 @@ def rank_compress(beta: Tensor, rows: Tensor, keep: int) -> tuple[Tensor, Tensor
 
     With K Kᵀ = V Λ Vᵀ, P has the eigenvalue p_i = β − λ_i on the direction vᵢᵀK / √λ_i, and β on whatever is
     orthogonal to K. The directions of the `keep` largest λ stay. Everything else gets the mean of its eigenvalues,
-    β' = (Σ dropped p_i + (s − r) β) / (s − keep), so the trace stays. A row is √(β' − p_i) times its direction.
+    β' = (Σ dropped p_i + (s − r) β) / (s − keep), so the trace stays. A row is √(β' − p_i) times its direction. A p_i
+    that is nothing but rounding becomes RANK_NOISE εβ: none becomes negative over the compressions.
     Returns β' (0-d) and K (keep, s). The eigenvectors are found in float64.
     """
     r, s = rows.shape
     K, b = rows.double(), beta.double()
     values, vectors = torch.linalg.eigh(K @ K.T)
     values, vectors = values.flip(0), vectors.flip(1)  # the largest first
-    p = (b - values).clamp(min=0)
+    p = (b - values).clamp(min=_rank_noise(rows.dtype) * b)
     rest = ((p[keep:].sum() + (s - r) * b) / (s - keep)).clamp(min=0) if s > keep else b
     values, p = values[:keep], p[:keep]
     is_there = (values > 1e-15 * b) & (rest > p)  # a direction that is not there becomes a row of zeros

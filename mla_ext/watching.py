@@ -12,6 +12,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 __all__ = ["watchable"]
 
+_WRAPPER = Optimizer.profile_hook_step(lambda self: None).__code__
 Step = TypeVar("Step", bound=Callable[..., Any])
 
 
@@ -21,7 +22,7 @@ def watchable(step: Step) -> Step:
 
     @wraps(step)
     def method(self: Any, closure: Callable[[], Any] | None = None) -> Any:
-        if not _is_watched(self, method):
+        if not _is_watched(self):
             return step(self, closure)
         return in_wrapper(self) if closure is None else in_wrapper(self, closure)
 
@@ -29,8 +30,8 @@ def watchable(step: Step) -> Step:
     return cast("Step", method)
 
 
-def _is_watched(optimizer: Optimizer, method: Callable[..., Any]) -> bool:
-    if type(optimizer).step is not method:  # torch has wrapped the subclass's, which calls this one
+def _is_watched(optimizer: Optimizer) -> bool:
+    if getattr(type(optimizer).step, "__code__", None) is _WRAPPER:  # torch has wrapped a subclass's, which calls this
         return False
     hooks = (
         optimizer._optimizer_step_pre_hooks,

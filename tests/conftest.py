@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent / "cuda_emulation"))
+import harness
+
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # for benchmarks/, after the mla_ext that is installed
+
+if os.environ.get("MLA_EXT_EMULATED"):  # the dry run of benchmarks/gpu_check.sh
+    import emulated
+
+    from mla_ext import backends
+
+    backends.BACKENDS["emulated"] = emulated.Emulated()
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
@@ -37,3 +47,19 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def fast(tmp_path_factory) -> Path:
+    """The CUDA kernels' sources on the emulated device."""
+    return harness.build(tmp_path_factory.mktemp("fast"), harness.FAST)
+
+
+@pytest.fixture(scope="session")
+def sanitized(tmp_path_factory) -> Path:
+    return harness.build(tmp_path_factory.mktemp("sanitized"), harness.SANITIZED)
+
+
+@pytest.fixture(scope="session")
+def recorder(tmp_path_factory) -> Path:
+    return harness.build_recorder(tmp_path_factory.mktemp("recorder"))

@@ -1,13 +1,18 @@
 """A step in one call of the compiled library, and what is kept from step to step: the same as a step in many calls."""
 
 import copy
+import functools
+import gc
 import itertools
+import threading
+import weakref
 
 import pytest
 import torch
 from helpers import randn
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mla_ext import ProjectedSGD, _library, reference
 from mla_ext.backends.cpu import Cpu
@@ -333,3 +338,105 @@ class TestRecording:
         for t in range(3, 6):
             self.feed(head, optimizer, randn(4, 6, seed=t).double())
         self.check(head, optimizer, [randn(4, 6, seed=t) for t in range(6)])
+
+
+# Each of the tests below shows a fault that is still there.
+
+
+def test_a_gradient_with_the_negative_bit_keeps_its_sign():
+    """Autograd itself makes such gradients, of a parameter with one element that is an imaginary part."""
+    moved = []
+    for cls in (torch.optim.SGD, ProjectedSGD):
+        param = nn.Parameter(torch.ones(1))
+        optimizer = cls([param], lr=0.5)
+        z, w = torch.complex(torch.ones(1), param), torch.complex(torch.tensor([2.0]), torch.tensor([3.0]))
+        (z.conj() * w).imag.sum().backward()
+        assert param.grad.is_neg()
+        optimizer.step()
+        moved.append(param.detach())
+    assert torch.equal(*moved)
+
+
+def test_features_with_the_negative_bit_keep_their_sign():
+    head = nn.Linear(6, 3, bias=False)
+    optimizer = ProjectedSGD(head.parameters(), lr=0.0, rank=None)
+    optimizer.attach(head)
+    for t in range(2):
+        features = randn(4, 6, seed=t)
+        head(torch._neg_view(features) if t else features)
+    rows = torch.cat([randn(4, 6, seed=0), -randn(4, 6, seed=1)])
+    torch.testing.assert_close(optimizer._observed[head.weight].mean, rows.mean(0))
+    optimizer._observed.clear()
+    head(torch._neg_view(features))
+    torch.testing.assert_close(optimizer._observed[head.weight].mean, -features.mean(0))
+
+
+def test_hooks_are_called_under_a_step_that_is_wrapped_by_functools():
+    class Wrapped(ProjectedSGD):
+        @functools.wraps(ProjectedSGD.step)  # copies the mark `hooked` too, as it does for torch.optim.SGD's
+        def step(self, closure=None):
+            return super().step(closure)
+
+    param, seen = nn.Parameter(torch.ones(3)), []
+    optimizer = Wrapped([param], lr=0.1)
+    optimizer.register_step_post_hook(lambda *args: seen.append("post"))
+    param.grad = torch.ones(3)
+    optimizer.step()
+    assert seen
+
+
+def test_forwards_of_two_threads_are_both_recorded():
+    head = nn.Linear(512, 4, bias=False)
+    optimizer = ProjectedSGD(head.parameters(), lr=0.0)
+    optimizer.attach(head)
+    for _ in range(5):
+        head(randn(2, 512)).sum().backward()
+        optimizer.step()
+        threads = [threading.Thread(target=head, args=(torch.full((8000, 512), x),)) for x in (1.0, 3.0)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert optimizer._observed[head.weight].count == 16000
+        optimizer._observed.clear()
+
+
+def test_a_gradient_of_zeros_without_memory():
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = ProjectedSGD([weight], lr=0.1, momentum=0.9)
+    for grad in (torch.ones(3), torch._efficientzerotensor((3,))):
+        weight.grad = grad
+        optimizer.step()
+    torch.testing.assert_close(weight.detach(), torch.full((3,), 1 - 0.1 - 0.09))
+
+
+def test_nothing_of_what_is_gone_is_kept():
+    head = nn.Linear(6, 3)
+    optimizer = ProjectedSGD(head.parameters(), lr=0.1)
+    optimizer.attach(head)
+    for t in range(3):
+        head(randn(4, 6, seed=t)).sum().backward()
+        optimizer.step()
+    rows = weakref.ref(optimizer.state[head.weight]["base"])
+    grad = weakref.ref(head.weight.grad)
+    optimizer.zero_grad()
+    optimizer.state.clear()
+    head.weight.requires_grad_(False)
+    head.bias.grad = torch.ones(3)
+    optimizer.step()
+    gc.collect()
+    assert rows() is None and grad() is None
+
+
+def test_a_dispatch_mode_sees_the_operations():
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    head, seen = nn.Linear(6, 3), []
+    optimizer = ProjectedSGD(head.parameters(), lr=0.1)
+    head(randn(4, 6)).sum().backward()
+    with Seen():
+        optimizer.step()
+    assert seen

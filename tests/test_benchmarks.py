@@ -156,7 +156,7 @@ def ways(monkeypatch):
 
 def test_the_contestants_of_a_step_train_alike(ways):
     assert [name for name in ways if name != report.OURS] == step.BASELINES
-    step.check(ways)
+    step.check(ways, 5)
 
 
 @pytest.mark.parametrize(("wrong", "truth"), [("SGD fused", "SGD"), ("compiled", "plain"), (report.OURS, "plain")])
@@ -169,7 +169,7 @@ def test_a_contestant_of_a_step_that_computes_something_else_is_seen(ways, wrong
             ways[wrong].model.parameters(), lr=step.LR, momentum=step.MOMENTUM, weight_decay=step.DECAY
         ).step
     with pytest.raises(AssertionError, match=f"{wrong} is not {truth}"):
-        step.check(ways)
+        step.check(ways, 5)
 
 
 def test_a_step_has_a_row_of_its_own_and_one_in_the_training_step(monkeypatch):

@@ -203,9 +203,9 @@ def test_info_and_the_module_entry(tmp_path):
 
 
 def test_demo_in_brief(capsys, monkeypatch, tmp_path, file):
-    time_head_step = demo.time_head_step
+    time_step = demo.time_step
     monkeypatch.setattr(demo, "digits", lambda seed: load_npz(file))
-    monkeypatch.setattr(demo, "time_head_step", lambda widths: time_head_step(widths[:1], repeats=3))
+    monkeypatch.setattr(demo, "time_step", lambda widths: time_step(widths[:1], repeats=3))
     assert cli.main(["demo", "--out", str(tmp_path / "new"), "--epochs", "2", "--no-progress"]) == 0
     printed = capsys.readouterr().out
     path = tmp_path / "new" / "mla_ext_demo.png"
@@ -216,10 +216,10 @@ def test_demo_in_brief(capsys, monkeypatch, tmp_path, file):
         assert line.count("%") == (5 if title == "Concatenation" else 4)
 
 
-def test_head_step_times():
-    times = demo.time_head_step((8, 33), repeats=3)
+def test_step_times():
+    times = demo.time_step((8, 33), repeats=3)
     assert set(times) == {8, 33}
-    assert all(set(row) == {"auto", "reference"} and min(row.values()) > 0 for row in times.values())
+    assert all(set(row) == {"SGD", "reference", "mla_ext"} and min(row.values()) > 0 for row in times.values())
 
 
 @pytest.mark.parametrize("module", ["matplotlib.figure", "sklearn.datasets"])

@@ -9,8 +9,10 @@ import functools
 import itertools
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,16 +34,6 @@ CLASSES = (1, 2, 6, 101)
 BATCHES = (1, 64, 257)
 NAN = float("nan")
 USUAL = Hyperparameters(lr=0.1, momentum=0.9, weight_decay=0.01)
-
-
-@pytest.fixture(scope="session")
-def fast(tmp_path_factory) -> Path:
-    return harness.build(tmp_path_factory.mktemp("fast"), harness.FAST)
-
-
-@pytest.fixture(scope="session")
-def sanitized(tmp_path_factory) -> Path:
-    return harness.build(tmp_path_factory.mktemp("sanitized"), harness.SANITIZED)
 
 
 def assert_accurate(got: Tensor, exact: Tensor, plain: Tensor, what: str, scale: Tensor | None = None) -> None:
@@ -114,17 +106,31 @@ class HeadCase:
             "alpha": 0.1 + torch.rand(self.steps, generator=generator),
         }
 
-    def expected(self, double: bool) -> tuple[Tensor, Tensor | None, Tensor, list[Tensor]]:
+    def start(self, x: dict[str, Tensor]) -> Any:
+        """P before the steps."""
+        return x["P"]
+
+    def product(self, grad: Tensor, P: Any) -> Tensor:
+        return grad.to(P.dtype) @ P
+
+    def advance(self, *step: Any) -> tuple[Tensor, Tensor | None, Any]:
+        return reference.head_step(*step)
+
+    def form(self, x: dict[str, Tensor]) -> tuple[int, Tensor | None, list[Tensor | None]]:
+        """P for the driver: how many rows there is room for; B; K, beta and count."""
+        return 0, x["P"], [None, None, None]
+
+    def expected(self, double: bool) -> tuple[Tensor, Tensor | None, Any, list[Tensor]]:
         """weight, momentum_buffer and P after the steps, and each step's G P."""
         x = self.inputs()
         if double:
             x = {name: value.double() for name, value in x.items()}
-        weight, P = x["weight"], x["P"]
+        weight, P = x["weight"], self.start(x)
         buffer = x["buffer"] if self.with_momentum else None
         step, products = torch.tensor(float(self.steps_before)), []
         for t in range(self.steps):
             grad = x["grads"][t]
-            products.append(grad.to(P.dtype) @ P)
+            products.append(self.product(grad, P))
             if self.found_inf and self.found_inf[t]:
                 continue
             hyper = self.hyper
@@ -132,7 +138,7 @@ class HeadCase:
                 hyper = replace(hyper, lr=x["lr"][t].item(), alpha=x["alpha"][t].item())
             scaled = grad / self.grad_scale if self.grad_scale else grad
             mean = x["means"][t] if self.absorbs else None
-            weight, buffer, P = reference.head_step(weight, scaled, buffer, P, mean, step, hyper)
+            weight, buffer, P = self.advance(weight, scaled, buffer, P, mean, step, hyper)
             step = step + 1
         return weight, buffer, P, products
 
@@ -141,12 +147,13 @@ class HeadCase:
         before = h.absorb == "before"
         offset = torch.finfo(self.dtype).bits // 8 if self.misaligned else 0
         integers = [harness.DTYPES[self.dtype], self.classes, self.s, self.steps]
-        integers += [h.nesterov, h.maximize, before, h.normalize, offset]
+        capacity, base, rows = self.form(x)
+        integers += [h.nesterov, h.maximize, before, h.normalize, offset, capacity]
         products = torch.stack(self.expected(double=True)[3]).to(self.accumulate) if self.product_given else None
         arrays = [
             x["weight"],
             x["buffer"] if self.with_momentum else None,
-            x["P"],
+            base,
             torch.tensor(float(self.steps_before)),
             x["grads"],
             x["means"] if self.absorbs else None,
@@ -155,22 +162,26 @@ class HeadCase:
             torch.full((self.steps,), self.grad_scale) if self.grad_scale else None,
             torch.tensor(self.found_inf, dtype=torch.float32) if self.found_inf else None,
             products,
-            None,
+            *rows,
         ]
         reals = [h.lr, h.momentum, h.dampening, h.weight_decay, h.alpha, h.forget]
         return Call(harness.HEAD_STEP, integers, reals, arrays, self.device, self.order)
 
     def check(self, arrays: list[Tensor | None]) -> None:
-        weight, buffer, P, step = arrays[:4]
+        weight, buffer, _, step = arrays[:4]
         exact, plain = self.expected(double=True), self.expected(double=False)
         assert_accurate(weight, exact[0], plain[0], f"weight of {self}")
         if self.with_momentum:
             assert_accurate(buffer, exact[1], plain[1], f"momentum_buffer of {self}")
-        assert_accurate(P, exact[2], plain[2], f"P of {self}")
+        self.check_projection(arrays, exact[2], plain[2])
+        assert step == self.steps_before + self.steps - sum(self.found_inf), f"step of {self}"
+
+    def check_projection(self, arrays: list[Tensor | None], exact: Any, plain: Any) -> None:
+        P = arrays[2]
+        assert_accurate(P, exact, plain, f"P of {self}")
         assert torch.equal(P, P.T), f"P is not symmetric: {self}"
         if not self.absorbs:
             assert torch.equal(P, self.inputs()["P"]), f"P changed: {self}"
-        assert step == self.steps_before + self.steps - sum(self.found_inf), f"step of {self}"
 
 
 def check_head_steps(program: Path, directory: Path, cases: list[HeadCase]) -> None:
@@ -178,17 +189,22 @@ def check_head_steps(program: Path, directory: Path, cases: list[HeadCase]) -> N
         case.check(arrays)
 
 
-def option_cases(device: int, product_given: bool = False) -> list[HeadCase]:
-    """Every combination of the options, at a size with rows that do not fill a vector."""
+def option_cases(
+    device: int,
+    product_given: bool = False,
+    normalizes: tuple[bool, ...] = (False, True),
+    make: Callable[..., HeadCase] = HeadCase,
+) -> list[HeadCase]:
+    """Every combination of the options, at sizes with rows that fill their vectors and that do not."""
     cases = []
     modes = ({"momentum": 0.0}, {"momentum": 0.9, "dampening": 0.3}, {"momentum": 0.8, "nesterov": True})
-    flags = itertools.product(modes, ("after", "before"), (False, True), (0.0, 0.05), (False, True))
+    flags = itertools.product(modes, ("after", "before"), (False, True), (0.0, 0.05), normalizes)
     for i, (mode, absorb, maximize, forget, normalize) in enumerate(flags):
         hyper = Hyperparameters(
             lr=0.1, weight_decay=0.01, maximize=maximize, absorb=absorb, forget=forget, normalize=normalize, **mode
         )
         cases.append(
-            HeadCase(
+            make(
                 s=33 if i % 3 else 40,
                 classes=6,
                 dtype=DTYPES[i % 4],
@@ -440,7 +456,7 @@ def test_driver_refuses_bad_arguments(fast, tmp_path):
     no_step = replace(call, arrays=[*call.arrays[:3], None, *call.arrays[4:]])
     no_projection = replace(call, arrays=[*call.arrays[:2], None, *call.arrays[3:]])
     no_grad = replace(call, arrays=[*call.arrays[:4], None, *call.arrays[5:]])
-    with_rows = replace(call, arrays=[*call.arrays[:11], torch.zeros(4, 7)])
+    with_rows = replace(call, arrays=[*call.arrays[:11], torch.zeros(4, 7), None, None])
     for bad, error in ((no_step, 1), (no_grad, 1), (no_projection, 801), (with_rows, 801)):
         with pytest.raises(RuntimeError, match=f"cudaError_t {error}:"):
             harness.run(fast, [bad], tmp_path)

@@ -189,8 +189,17 @@ def test_the_first_screen_says_what_it_is():
     assert len(screen.splitlines()) <= 60
 
 
-def test_the_table_of_features_names_tests_that_exist():
+@pytest.mark.parametrize("page", ["drop_in.md", "elsewhere.md"])
+def test_the_tables_of_a_page_name_tests_that_exist(page):
     tests = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
-    names = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "drop_in.md").read_text(encoding="utf-8")))
+    names = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / page).read_text(encoding="utf-8")))
     assert len(names) > 20
     assert {name for name in names if f"def {name}(" not in tests} == set()
+
+
+def test_every_row_of_ours_names_its_test():
+    page = (ROOT / "docs" / "elsewhere.md").read_text(encoding="utf-8")
+    ours = page.partition("## What this package does")[2].partition("\n## ")[0]
+    rows = [line for line in ours.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) > 10
+    assert [row for row in rows if "`test_" not in row.rpartition(" | ")[2]] == []

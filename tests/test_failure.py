@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from test_training import make, make_data, metrics, run, same
+from test_training import interrupt_at, make, make_data, metrics, run, same
 
 from mla_ext.multimodal import checkpoint, cli
 from mla_ext.multimodal.failure import explained
@@ -34,25 +34,12 @@ FAULTS = {
 }
 
 
-def fail_at(optimizer, step, error):
-    """Raise in place of the optimizer's step number `step`."""
-    count = 0
-
-    def fail(*_):
-        nonlocal count
-        count += 1
-        if count == step:
-            raise error
-
-    optimizer.register_step_pre_hook(fail)
-
-
 @pytest.mark.parametrize("name", FAULTS)
 def test_one_line_and_the_last_epoch_is_kept(tmp_path, name):
     fault, kind, message = FAULTS[name]
     data = make_data()
     model, optimizer = make()
-    fail_at(optimizer, 14, fault)  # in the second epoch
+    interrupt_at(optimizer, 14, fault)  # in the second epoch
     with pytest.raises(kind, match=f"^{re.escape(message)}") as error:
         run(model, optimizer, data, 3, out=tmp_path)
     assert "\n" not in str(error.value) and error.value.__cause__ is fault
@@ -71,7 +58,13 @@ def test_memory_that_runs_out_on_the_gpu():
         torch.empty(2**45, dtype=torch.uint8, device="cuda")
 
 
-@pytest.mark.parametrize("error", [RuntimeError("mat1 and mat2 shapes"), ValueError("x"), KeyboardInterrupt()])
+class OtherError(RuntimeError):
+    pass
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("mat1 and mat2 shapes"), OtherError("gloo"), ValueError("x"), KeyboardInterrupt()]
+)
 def test_other_errors_pass_as_they_are(error):
     with pytest.raises(type(error)) as found, explained("here"):
         raise error

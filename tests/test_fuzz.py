@@ -33,18 +33,20 @@ def test_the_cpu_kernels_agree_with_plain_loops(program):
     assert f"{INPUTS} inputs" in programs.run_program(program, seed=0, inputs=INPUTS)
 
 
-# Defects put into a copy of the kernels: file, what is replaced, by what, what the report says.
-DEFECTS = {
-    "address": ("rls_update.h", "for (; j < s; ++j) row[j] =", "for (; j <= s; ++j) row[j] =", "AddressSanitizer|P"),
-    "thread": ("product.h", "end * kRows < s ? end * kRows : s", "end * kRows + 1 < s ? end * kRows + 1 : s",
-               "ThreadSanitizer: data race"),
-}  # fmt: skip
+# Defects put into a copy of the kernels: sanitizer, file, what is replaced, by what, what the report says.
+DEFECTS = [
+    ("address", "rls_update.h", "for (; j < s; ++j) row[j] =", "for (; j <= s; ++j) row[j] =", "AddressSanitizer|P"),
+    ("address", "rank_step.h", "= k[j] / root;", "= k[j] / d;", r"K\["),
+    ("address", "plain_sgd.cpp", "i < end; ++i) {", "i + 1 < end; ++i) {", r"weight\[|momentum_buffer\["),
+    ("thread", "product.h", "end * kRows < s ? end * kRows : s", "end * kRows + 1 < s ? end * kRows + 1 : s",
+     "ThreadSanitizer: data race"),
+]  # fmt: skip
 
 
 @needs_compiler
-def test_a_defect_is_found(program, sanitizer, tmp_path):
-    """An access beyond a row; threads that write the same row."""
-    file, old, new, report = DEFECTS[sanitizer]
+@pytest.mark.parametrize(("sanitizer", "file", "old", "new", "report"), DEFECTS, indirect=["sanitizer"])
+def test_a_defect_is_found(program, sanitizer, file, old, new, report, tmp_path):
+    """An access beyond a row, another divisor, an element left out; threads that write the same row."""
     shutil.copytree(programs.ROOT / "csrc", tmp_path, dirs_exist_ok=True)
     source = tmp_path / "cpu" / file
     assert source.read_text().count(old) == 1

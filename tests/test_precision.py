@@ -9,10 +9,12 @@ from test_batches import on_disk
 from test_training import Interrupted, interrupt_at, make, make_data, run, same
 from torch import nn
 from torch.optim.lr_scheduler import StepLR
+from tqdm import tqdm
 
 from mla_ext.multimodal import checkpoint, precision
-from mla_ext.multimodal.evaluate import evaluate, predict
-from mla_ext.multimodal.fit import fit
+from mla_ext.multimodal.batches import Loader
+from mla_ext.multimodal.evaluate import evaluate, predict, score_split
+from mla_ext.multimodal.fit import _Training, fit
 from mla_ext.multimodal.precision import Precision, choose_device
 from mla_ext.optimizer import ProjectedSGD
 
@@ -121,28 +123,37 @@ def test_evaluation_reads_from_the_device_once(monkeypatch):
 
 
 @pytest.mark.skipif("cuda" not in DEVICES, reason="no GPU")
-def test_an_epoch_on_a_gpu_waits_for_it_once():
-    model, optimizer = make()
-    run(model, optimizer, make_data(), 1, device="cuda")
-    waits = []
-    to_host = torch.Tensor.cpu
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        with pytest.MonkeyPatch.context() as patch:
+@pytest.mark.parametrize("method", ["mla", "concat"])
+def test_an_epoch_and_an_evaluation_on_a_gpu_wait_for_it_once_each(monkeypatch, method):
+    data, (model, optimizer) = make_data(), make(method)
+    run(model, optimizer, data, 1, device="cuda")  # what is made at the first step is there
+    steps, reads = model.steps(data, 16, "given", torch.Generator().manual_seed(0)), []
 
-            def allowed(tensor):
-                torch.cuda.set_sync_debug_mode("default")
-                waits.append(tensor.shape)
-                result = to_host(tensor)
+    def counted(name):
+        original = getattr(torch.Tensor, name)
+
+        def read(tensor):
+            if not tensor.is_cuda:
+                return original(tensor)
+            reads.append(name)
+            torch.cuda.set_sync_debug_mode("default")
+            try:
+                return original(tensor)
+            finally:
                 torch.cuda.set_sync_debug_mode("error")
-                return result
 
-            patch.setattr(torch.Tensor, "cpu", allowed)
-            predict(model, make_data(), make_data().indices("test"))
-            evaluate(model, make_data())
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert len(waits) == 1
+        monkeypatch.setattr(torch.Tensor, name, read)
+
+    counted("tolist"), counted("cpu")
+    precision = Precision("bf16", torch.device("cuda"))
+    with Loader(data, torch.device("cuda")) as loader, tqdm(disable=True) as bar:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            _Training(model, optimizer, loader, precision, 1.0).epoch(steps, 1, 0, bar)
+            score_split(model, loader, "validation", 3, precision)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert reads == ["tolist", "cpu"]
 
 
 # --- clipping, loss, compile

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -22,18 +23,15 @@ import harness
 import tables
 from harness import FORTY, H100, ONE, SHARED, THREE, Call, Launch
 from test_cuda_emulation import DTYPES, HeadCase, fusion_call, mean_calls, random_logits
+from test_cuda_rank import COUNT, ROWS, RankCase
 
 from mla_ext.reference import Hyperparameters
 
 pytestmark = pytest.mark.skipif(harness.UNAVAILABLE is not None, reason=str(harness.UNAVAILABLE))
 
 WEIGHT, P, GRAD = 0, 2, 4  # arrays of a head step's call
+FORGETTING = Hyperparameters(momentum=0.9, forget=0.1)
 NORMALIZED = Hyperparameters(momentum=0.9, absorb="before", normalize=True, forget=0.1)
-
-
-@pytest.fixture(scope="module")
-def recorder(tmp_path_factory) -> Path:
-    return harness.build_recorder(tmp_path_factory.mktemp("recorder"))
 
 
 def plain_calls() -> list[Call]:
@@ -47,6 +45,10 @@ def plain_calls() -> list[Call]:
     ]
     cases += [replace(case, device=THREE, hyper=NORMALIZED) for case in cases if case.s == 40]
     cases += [replace(case, product_given=True) for case in cases if case.s == 33]
+    cases += [
+        RankCase(s, C, dtype, device, replace(FORGETTING, absorb=absorb), steps=4, capacity=3, misaligned=C == 17)
+        for (s, C), dtype, (device, absorb) in itertools.product(shapes, DTYPES, ((THREE, "after"), (FORTY, "before")))
+    ]
     calls = [case.call() for case in cases]
     calls += [call for call, _ in mean_calls() if call.integers[2] < 50]
     calls += [
@@ -71,6 +73,15 @@ class Budget:
     s: int
     C: int
     device: int
+    projection: ClassVar[int] = P  # or K: its array
+
+    @property
+    def rows(self) -> str:
+        return ""
+
+    @property
+    def multiply_adds(self) -> int:
+        return (self.C + 1) * self.s**2
 
     def call(self) -> Call:
         hyper = Hyperparameters(momentum=0.9)
@@ -94,15 +105,59 @@ class Budget:
         if total > 1.05 * self.model(launches):
             found.append("bytes")
         # Not of W and h̄: a block of the one-launch step has a few columns of them, not whole sectors.
-        if any(launch.of(array).sectors > launch.of(array).ideal for launch in launches for array in (P, GRAD)):
+        ideal = (self.projection, GRAD)
+        if any(launch.of(array).sectors > launch.of(array).ideal for launch in launches for array in ideal):
             found.append("sectors")
         if any(launch.of(SHARED).wavefronts > 1.01 * launch.of(SHARED).smallest for launch in launches):
             found.append("bank conflicts")
         return found
 
 
+@dataclass(frozen=True)
+class RankBudget(Budget):
+    """The same in the rank form, with room for R rows, `used` of them in use: 64 rows and 32 columns to a block."""
+
+    R: int
+    used: int
+    projection: ClassVar[int] = ROWS
+
+    @property
+    def rows(self) -> str:
+        return f"{self.used} of {self.R}"
+
+    @property
+    def multiply_adds(self) -> int:
+        return 2 * (self.C + 1) * self.used * self.s
+
+    def call(self) -> Call:
+        hyper = Hyperparameters(momentum=0.9)
+        options = {"steps": 1, "steps_before": 1, "capacity": self.R, "used": self.used}
+        return RankCase(self.s, self.C, torch.float32, self.device, hyper, **options).call()
+
+    def model(self, launches: Sequence[Launch]) -> int:
+        """Bytes: K and what each warp needs of G and h̄; K, the weights, and in each block t; the new row; and where K
+        gets full, K Kᵀ from tiles of 8 × 8, and the product of the R/2 rows that stay."""
+        s, C, R, used = self.s, self.C, self.R, self.used
+        slices, groups, chunks, warps = ceil(s / 32), max(1, ceil(C / 16)), min(8, ceil(s / 128)), 8
+        read_at_once = sum(4 * ceil(min(16, C - c) / 4) for c in range(0, C, 16))
+        t = chunks * used * (C + 1)
+        products = groups * used * s + ceil(used / 2) * (read_at_once + 1) * s + t
+        project = groups * used * s + 5 * C * s + warps * groups * s + slices * (t + (groups - 1) * chunks * used) + s
+        absorb = slices * warps * (32 + 3 * slices) + s
+        elements = products + project + absorb
+        is_full = used + 1 == R
+        if is_full:
+            tiles = ceil(R / 8) * (ceil(R / 8) + 1) // 2
+            elements += tiles * 8 * 9 * s + 2 * R**2 - s
+            elements += R // 2 * (R + 3) * s + launches[3].blocks * (2 * R**2 + ceil(R / 2) * 3 * slices)
+        numbers = (8, 16, 20, 28) if is_full else (8, 16, 28, 8)  # count, beta and the like, for each thread
+        threads = (launch.blocks * launch.threads for launch in launches)
+        return 4 * elements + sum(n * each for n, each in zip(numbers, threads, strict=True))
+
+
 BUDGETS = [Budget(512, 6, H100), Budget(512, 6, THREE), Budget(256, 20, FORTY), Budget(256, 20, ONE)]
 BUDGETS += [Budget(256, 101, FORTY)]
+BUDGETS += [RankBudget(512, 6, H100, 64, 40), RankBudget(1024, 20, H100, 16, 12), RankBudget(512, 6, H100, 16, 15)]
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +170,7 @@ def test_budgets(counts):
         assert budget.excess(launches) == [], budget
         assert not any(launch.wrong for launch in launches)
         model = budget.model(launches)
-        assert sum(launch.of(P).bytes for launch in launches) < model  # the model is not of nothing
+        assert 0 < sum(launch.of(budget.projection).bytes for launch in launches) < model  # the model is not of nothing
 
 
 TITLE = "What a step moves"
@@ -129,10 +184,11 @@ def table(counts: list[list[Launch]]) -> str:
         "Bytes are those that threads ask for: a GPU's caches serve some of them. The model is `Budget.model` in",
         "tests/test_recorder.py. Sectors are of 32 bytes, and given over the fewest: those of the same bytes side by",
         "side. Shared is the bytes of shared memory that are read for each multiply-add of Z = [G; h̄] P. Conflicts are",
-        "the wavefronts over those without two words in one bank.",
+        "the wavefronts over those without two words in one bank. Where the table has rows, P = βI − KᵀK has so many",
+        "of R rows in use, and what it says of P is of K. In the last line K gets full, and is compressed.",
         "",
-        "| s | C | launches | blocks | MB of P | MB in all | model | sectors: P | G | W | shared | conflicts |",
-        f"|{'---:|' * 12}",
+        "| s | C | rows | launches | blocks | MB of P | MB in all | model | sectors: P | G | W | shared | conflicts |",
+        f"|{'---:|' * 13}",
     ]
     for budget, launches in zip(BUDGETS, counts, strict=True):
         total = sum(t.bytes for launch in launches for array, t in launch.traffic.items() if array != SHARED)
@@ -143,10 +199,13 @@ def table(counts: list[list[Launch]]) -> str:
 
         shared = [launch.of(SHARED) for launch in launches]
         conflicts = sum(t.wavefronts for t in shared) / sum(t.smallest for t in shared)
-        cells = [budget.s, budget.C, len(launches), " + ".join(str(launch.blocks) for launch in launches)]
-        cells += [f"{sum(launch.of(P).bytes for launch in launches) / 1e6:.3f}", f"{total / 1e6:.3f}"]
-        cells += [f"{budget.model(launches) / 1e6:.3f}", ratio(P), ratio(GRAD), ratio(WEIGHT)]
-        cells += [f"{launches[0].of(SHARED).read / ((budget.C + 1) * budget.s**2):.2f}", f"{conflicts:.3f}"]
+        blocks = " + ".join(str(launch.blocks) for launch in launches)
+        cells = [budget.s, budget.C, budget.rows, len(launches), blocks]
+        cells += [f"{sum(launch.of(budget.projection).bytes for launch in launches) / 1e6:.3f}", f"{total / 1e6:.3f}"]
+        cells += [f"{budget.model(launches) / 1e6:.3f}", ratio(budget.projection), ratio(GRAD), ratio(WEIGHT)]
+        product = launches[: 1 if budget.projection == P else 2]
+        cells += [f"{sum(launch.of(SHARED).read for launch in product) / budget.multiply_adds:.2f}"]
+        cells += [f"{conflicts:.3f}"]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"
 
@@ -171,6 +230,8 @@ class Defect:
 MEAN_CALL = next(call for call, _ in mean_calls() if call.integers == [0, 257, 33, 33 + 257 % 3])
 FUSION = fusion_call(*random_logits(3, 9, 101, torch.float32))
 SMALL = HeadCase(40, 20, torch.float32, THREE)
+RANK = RankCase(70, 6, torch.float32, THREE, steps=1, capacity=40, used=36)
+FULL = RankCase(70, 6, torch.float32, THREE, steps=1, capacity=12, used=11)
 RACE = "race in shared memory"
 NO_BARRIER = "if (!PLANTED) __syncthreads();"
 DEFECTS = {
@@ -229,6 +290,36 @@ DEFECTS = {
         Defect("product.cuh", "column = lane_index() * kWidth; column < width;",
                "column = (PLANTED ? lane_index() % 8 * 4 + lane_index() / 8 : lane_index()) * kWidth; column < width;",
                Budget(256, 6, FORTY).call(), "bank conflicts"),
+    "order of the launches":
+        Defect("rank_step.cu", "wait_for_previous_launch();", "if (!PLANTED) wait_for_previous_launch();", RANK.call(),
+               "chained launch"),
+    "memory touched before the last launch's end":
+        Defect("compress.cu", "wait_for_previous_launch();",
+               "if (PLANTED && *P.old_count < 0) return;\n  wait_for_previous_launch();", RANK.call(),
+               "before the previous launch"),
+    "barrier before t goes":
+        Defect("rank_step.cu", "__syncthreads();  // the last tile has been used", NO_BARRIER, RANK.call(), RACE),
+    "barrier after t is there":
+        Defect("rank_step.cu", "    __syncthreads();\n#pragma", f"    {NO_BARRIER}\n#pragma", RANK.call(), RACE),
+    "barrier of the warps' parts":
+        Defect("rank_step.cu", "lane] = k;\n  __syncthreads();", f"lane] = k;\n  {NO_BARRIER}", RANK.call(), RACE),
+    "bounds check of a slice":
+        Defect("rank_step.cu", "is_there = column < s;", "is_there = PLANTED || column < s;", RANK.call(), "outside"),
+    "count read where it is written":
+        Defect("rank.cuh", "count = *P.old_count", "count = *(PLANTED ? P.count : P.old_count)",
+               replace(RANK, capacity=60).call(), "race in global memory"),
+    "barrier of a round":
+        Defect("eigen.cuh", "__syncthreads();  // the round is over", NO_BARRIER, FULL.call(), RACE),
+    "barrier of the order":
+        Defect("compress.cu", "    place[i] = larger;\n  }\n  __syncthreads();",
+               f"    place[i] = larger;\n  }}\n  {NO_BARRIER}", FULL.call(), RACE),
+    "barrier before rows go":
+        Defect("compress.cu", "__syncthreads();  // all of the old rows", f"{NO_BARRIER}  // all of the old rows",
+               FULL.call(), "race in global memory"),
+    "gradients read for every row":
+        Defect("rank_step.cu", "c < kClasses; c += kAtOnce) {\n      if (c >= classes) break;",
+               "c < kClasses; c += kAtOnce) {\n      if (!PLANTED && c >= classes) break;",
+               RankBudget(256, 6, H100, 8, 6).call(), "bytes"),
     "P read in every pass":
         Defect("product.cuh", "if (pass == 0 || !tiling.keep_rows)", "if (PLANTED || pass == 0 || !tiling.keep_rows)",
                Budget(256, 20, FORTY).call(), "bytes"),
@@ -257,7 +348,10 @@ def reported(program: Path, directory: Path, name: str, number: int | None) -> s
         return str(stopped)
     said = [what for launch in launches for what in launch.wrong]
     if call.operation == harness.HEAD_STEP and call.integers[2] == 256:
-        said += Budget(call.integers[2], call.integers[1], call.device).excess(launches)
+        budget = Budget(256, call.integers[1], call.device)
+        if call.arrays[P] is None:
+            budget = RankBudget(256, budget.C, budget.device, R=call.integers[9], used=int(call.arrays[COUNT]))
+        said += budget.excess(launches)
     return ", ".join(said)
 
 

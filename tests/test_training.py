@@ -81,15 +81,15 @@ class Interrupted(Exception):
     pass
 
 
-def interrupt_at(optimizer, step):
-    """Raise in place of the optimizer's step number `step`."""
+def interrupt_at(optimizer, step, error=None):
+    """Raise the error, or Interrupted, in place of the optimizer's step number `step`."""
     count = 0
 
     def interrupt(*_):
         nonlocal count
         count += 1
         if count == step:
-            raise Interrupted
+            raise error or Interrupted
 
     optimizer.register_step_pre_hook(interrupt)
 

@@ -13,7 +13,10 @@ import torch
 
 import mla_ext
 from mla_ext import _library, backends
+from mla_ext.checks import has_momentum
+from mla_ext.projection import Projection
 from mla_ext.reference import Hyperparameters, accumulate_dtype
+from mla_ext.step import HeadStep
 
 # Triton 3.9 announces that 3.10 will contract to fma no longer; the kernels are right either way.
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
@@ -42,6 +45,10 @@ def run(*command, path=INSTALLED, **environment):
 
 # The interpreter takes a millisecond for each operation of each program: small sizes, but of several programs each.
 SUITE = "triton and not (513 or 257 or 130 or 1000 or deterministic) and not (test_head_step and 1-1-1)"
+RANK_SUITE = (
+    "triton and not (90-64 or 150-100 or 7-2-4 or (320 and not before_forget)"
+    " or (40-33-4 and not (before_forget or momentum)) or (test_numbers and -33-))"
+)
 SPOT_CHECKS = """
 import torch
 from mla_ext import ops, reference
@@ -53,9 +60,13 @@ def check(actual, expected):
 generator = torch.Generator().manual_seed(0)
 randn = lambda *shape: torch.randn(*shape, generator=generator)
 
-# More classes than a tile of Z has rows, and numbers that are read from tensors.
-for absorb in ("after", "before"):
-    W, G, M, P, h = randn(70, 20), randn(70, 20), randn(70, 20), torch.eye(20), randn(20)
+from mla_ext.triton_kernels import head_step
+
+# The three ways to make Z: sums, tl.dot, torch.mm; and numbers that are read from tensors.
+head_step.DOT_FROM = 0
+for C, absorb in ((5, "after"), (20, "after"), (20, "before"), (70, "after"), (70, "before")):
+    W, G, M, P, h = randn(C, 20), randn(C, 20), randn(C, 20), torch.eye(20), randn(20)
+    assert head_step.product_by_mm(C, 20) == (C == 70)
     numbers = {"momentum": 0.9, "absorb": absorb, "forget": 0.1}
     tensors = {"lr": torch.tensor(0.3), "alpha": torch.tensor(0.2, dtype=torch.float64)}
     hyper, step = Hyperparameters(**numbers, **tensors), torch.ones(())
@@ -64,11 +75,16 @@ for absorb in ("after", "before"):
     for actual, wanted in zip((W, M, P), expected):
         check(actual, wanted)
     assert step == 2
+    ops.head_step_(W, G, M, P, None, step, hyper, backend="triton")  # nothing to absorb
+    W_0, M_0, P_0 = expected
+    expected = reference.head_step(W_0, G, M_0, P_0, None, torch.ones(()), Hyperparameters(lr=0.3, **numbers))
+    for actual, wanted in zip((W, M, P), expected):
+        check(actual, wanted)
+    assert step == 3
 
 # Every column tile of the update, of the sums in "before" and of the logits is followed by another.
 W, G, P, h = randn(1, 1030), randn(1, 1030), torch.eye(1030), randn(1030)
 expected = reference.head_step(W, G, None, P, h, torch.zeros(()), Hyperparameters(absorb="before"))
-from mla_ext.triton_kernels import head_step
 head_step.UPDATE_ROWS = 256  # fewer programs for the interpreter
 ops.head_step_(W, G, None, P, h, torch.zeros(()), Hyperparameters(absorb="before"), backend="triton")
 check(W, expected[0]), check(P, expected[2])
@@ -78,6 +94,20 @@ logits[0, 0, :1024] = -torch.inf
 for actual, wanted in zip(ops.entropy_fusion(logits, backend="triton"), reference.entropy_fusion(logits)):
     assert torch.equal(actual.isnan(), wanted.isnan())
     check(actual.nan_to_num(), wanted.nan_to_num())
+
+# A compression in several tiles of everything.
+from mla_ext.projection import Projection
+from mla_ext.triton_kernels import rank_step
+rank_step.PAIRS, rank_step.ANGLES, rank_step.BLOCK_R, rank_step.GRAM_BLOCK = 4, 8, 16, 8
+R, s = 19, 70
+K, h, W, count = randn(R - 1, s) / s, randn(s), randn(2, s), torch.tensor(R - 1)
+rows = torch.cat([K, torch.full((1, s), torch.nan)])
+P = Projection(None, torch.ones(()), rows, count)
+step = ops.HeadStep(W, randn(2, s), None, P, h, torch.zeros(()), Hyperparameters())
+beta, K = reference.rank_compress(*reference.rank_update(torch.ones(()), K, h), R // 2)
+rank_step.rank_step_(step)
+assert count == R // 2
+check(P.beta, beta), check(P.dense(), beta * torch.eye(s) - K.T @ K)
 
 # A mean that cannot be absorbed, here since d is NaN or infinite, leaves P alone and still steps the weights.
 for absorb, value in (("after", torch.nan), ("before", torch.nan), ("after", 1e25), ("before", 1e25)):
@@ -100,6 +130,15 @@ def test_the_parity_suite_in_the_interpreter():
     assert int(re.search(r"(\d+) passed", result.stdout)[1]) > 100
 
 
+def test_the_rank_form_in_the_interpreter():
+    result = run(
+        *("-m", "pytest", "-q", "-p", "triton_interpreter", "test_rank_backends.py", "-k", RANK_SUITE),
+        TRITON_INTERPRET="1",
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert int(re.search(r"(\d+) passed", result.stdout)[1]) > 25
+
+
 def test_what_the_parity_suite_is_too_small_for():
     result = run("-W", "ignore", "-c", SPOT_CHECKS, TRITON_INTERPRET="1")
     assert result.returncode == 0, result.stderr
@@ -119,6 +158,22 @@ expected = head.weight.detach() - 0.1 * head.weight.grad
 optimizer.step()
 torch.testing.assert_close(head.weight.detach(), expected)
 torch.testing.assert_close(optimizer.projection(head.weight), reference.rls_update(torch.eye(5), x.mean(0)))
+heads = [torch.nn.Linear(12, 3) for _ in "ab"]
+heads[1].load_state_dict(heads[0].state_dict())
+kinds = [{}, {"backend": "reference"}]
+options = {"lr": 0.1, "momentum": 0.9, "rank": 4}
+optimizers = [mla_ext.ProjectedSGD(h.parameters(), **options, **kind) for h, kind in zip(heads, kinds)]
+for head, optimizer in zip(heads, optimizers):
+    optimizer.attach(head)
+for t in range(5):
+    x = torch.randn(4, 12)
+    for head, optimizer in zip(heads, optimizers):
+        optimizer.zero_grad()
+        head(x).square().sum().backward()
+        optimizer.step()
+torch.testing.assert_close(heads[0].weight, heads[1].weight, rtol=1e-4, atol=1e-5)
+P, expected = (optimizer.projection(head.weight) for head, optimizer in zip(heads, optimizers))
+torch.testing.assert_close(P, expected, rtol=1e-4, atol=1e-5)
 logits = torch.randn(2, 3, 4)
 torch.testing.assert_close(mla_ext.entropy_fusion(logits), reference.entropy_fusion(logits))
 """
@@ -214,10 +269,23 @@ def head_step(C, s, dtype, hyper, scaled=False):
 
     like = {"dtype": accumulate_dtype(dtype)}
     weight, grad = torch.zeros(2, C, s, dtype=dtype)
-    momentum_buffer = torch.zeros(C, s, **like) if hyper.momentum else None
+    momentum_buffer = torch.zeros(C, s, **like) if has_momentum(hyper.momentum) else None
     scale, overflow = (torch.ones(()), torch.zeros(())) if scaled else (None, None)
     tensors = (weight, grad, momentum_buffer, torch.eye(s, **like), torch.zeros(s, **like), torch.zeros(()))
     triton_kernels.head_step_(*tensors, hyper, scale, overflow)
+
+
+def rank_step(C, s, R, dtype, hyper, scaled=False):
+    from mla_ext import triton_kernels
+
+    like = {"dtype": accumulate_dtype(dtype)}
+    weight, grad = torch.zeros(2, C, s, dtype=dtype)
+    momentum_buffer = torch.zeros(C, s, **like) if has_momentum(hyper.momentum) else None
+    scaling = (torch.ones(()), torch.zeros(())) if scaled else (None, None)
+    P = Projection.identity(s, R, 0, like["dtype"], CPU)
+    triton_kernels.rank_step_(
+        HeadStep(weight, grad, momentum_buffer, P, torch.zeros(s, **like), torch.zeros(()), hyper, *scaling)
+    )
 
 
 def entropy_fusion(M, N, C, dtype=torch.float32):
@@ -251,10 +319,16 @@ def test_every_kernel_compiles_and_fits(name, compile_for, tmp_path):
     head_step(100, 513, torch.bfloat16, Hyperparameters(absorb="before", normalize=True, forget=0.1))
     feature_mean(64, 512, torch.float16)
     entropy_fusion(3, 5, 100)
+    rank_step(6, 4096, 64, torch.float32, Hyperparameters(momentum=0.9, lr=torch.zeros(())), True)
+    head_step(20, 2048, torch.float32, Hyperparameters(momentum=0.9))
     if name in ("sm_90", "gfx942"):
         head_step(100, 512, torch.float64, Hyperparameters(absorb="before"))
+        head_step(8, 2048, torch.float64, Hyperparameters())
+        head_step(20, 2048, torch.float64, Hyperparameters())
+        rank_step(20, 4096, 64, torch.float64, Hyperparameters(absorb="before", forget=0.1))
         entropy_fusion(2, 5, 1000, torch.float64)
     expected = ["product", "finish", "product", "norm", "finish", "feature_mean", "entropy_fusion"]
+    expected += ["rows_product", "rank_finish", "absorb", "count_rows", "rotate"]
     assert [kernel.removesuffix("_kernel") for kernel, _ in launches][: len(expected)] == expected
     for kernel, compiled in launches:
         assert compiled.metadata.shared <= shared_kib * 1024, kernel
@@ -265,7 +339,7 @@ def test_only_the_product_follows_the_precision_setting(compile_for):
     launches = compile_for(GPUTarget("cuda", 80, 32))
     for precision in ("highest", "high"):
         torch.set_float32_matmul_precision(precision)
-        head_step(6, 64, torch.float32, Hyperparameters())
+        head_step(20, 2048, torch.float32, Hyperparameters())
         (_, product), (_, finish) = launches[-2:]
         assert ("tf32" in product.asm["ptx"]) == (precision == "high")
         assert "tf32" not in finish.asm["ptx"]
@@ -277,9 +351,11 @@ def test_new_numbers_and_batch_sizes_compile_nothing(compile_for):
     launches = compile_for(GPUTarget("cuda", 90, 32))
     for number in (0.1, 0.2, 1.0):
         head_step(6, 64, torch.float32, Hyperparameters(lr=number, alpha=number, momentum=number, forget=number))
+        rank_step(6, 64, 8, torch.float32, Hyperparameters(lr=number, alpha=number, momentum=number, forget=number))
     for number in (0.1, 0.2):
         tensor = torch.tensor(number)
         head_step(6, 64, torch.float32, Hyperparameters(lr=tensor, alpha=tensor))
+        rank_step(6, 64, 8, torch.float32, Hyperparameters(lr=tensor, alpha=tensor))
     for N in (1, 16, 17, 1024):
         feature_mean(N, 64)
         entropy_fusion(3, N, 10)
@@ -290,7 +366,28 @@ def test_new_numbers_and_batch_sizes_compile_nothing(compile_for):
         "finish_kernel": 2,
         "feature_mean_kernel": 1,
         "entropy_fusion_kernel": 1,
+        "rows_product_kernel": 1,
+        "rank_finish_kernel": 2,
+        "absorb_kernel": 2,
+        "count_rows_kernel": 2,
+        "rotate_kernel": 1,
     }
+
+
+@pytest.mark.parametrize(("absorb", "C"), [("after", 6), ("before", 40)])
+def test_nobody_waits_for_a_number_on_the_device(absorb, C, compile_for, monkeypatch):
+    launches = compile_for(GPUTarget("cuda", 90, 32))
+    names = ("lr", "momentum", "dampening", "weight_decay", "alpha", "forget")
+    hyper = Hyperparameters(absorb=absorb, **{name: torch.tensor(0.5) for name in names})
+    found = []
+    for name in ("item", "__float__", "__int__", "__bool__", "tolist"):
+        monkeypatch.setattr(torch.Tensor, name, lambda tensor: found.append(tensor) or 0.0)
+    head_step(C, 64, torch.float32, hyper)
+    rank_step(C, 64, 8, torch.float32, hyper)
+    assert not found
+    # The launches of the rank form are the same in each step: what only some steps need, returns at once in others.
+    names = ["product", "finish", "rows_product", "rank_finish", "absorb", "count_rows", "rotate"]
+    assert [name.removesuffix("_kernel") for name, _ in launches] == names
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])

@@ -6,135 +6,24 @@ import dataclasses
 import lzma
 import math
 import statistics
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 
 from mla_ext.multimodal import checkpoint
 
 from . import figures
 from .measures import BINS
 from .methods import ALPHA, METHODS
-from .report import Table, correlation, difference, numbers, percent, write
-from .runs import Results, Run, load
+from .protocol import MAIN, Evidence, modalities_of, name_of
+from .ranking import ranking
+from .report import Table, correlation, difference, numbers, percent
+from .runs import Run
+from .untuned import table0, tolerance
 
-MAIN = tuple(name for name in METHODS if not name.endswith("-shared"))
 MISSING_METHODS = ("concat", "late", "qmf", "mmin", "alternating", "released", "mla")
 MLA = tuple(name for name in METHODS if name.startswith("mla"))
 RATES = (0.0, 0.2, 0.4, 0.6, 0.8)
 CURVE_ALPHAS = (1e-2, 1e-1, 1.0, 10.0, 100.0, 1e4)
 CURVE_FORGETS = (1e-3, 1e-2, 1e-1, 3e-1)
-LRS = (0.003, 0.01, 0.03, 0.1)
-FINER = (0.35, 0.6, 1.0, 1.7)  # times the best of LRS
-DECAYS = (1e-4, 1e-3, 1e-2)
-FINALISTS = 4
-TUNING_SEEDS = (1000, 1001, 1002)
-PROTOCOL = """All methods have the same encoders: two linear layers of 64 features on the recording as one standardised
-vector; SGD with momentum 0.9, batches of 64. For every dataset and method the settings are chosen by the best
-validation accuracy in 15 trials: lr among {lrs}; then, at the best of them, weight decay among {decays} together with
-four values of the method's own hyperparameter, or of a finer lr where it has none. A trial is one run; the best
-{finalists} are run with {more} more seeds, and the best mean is taken. These seeds are not used again. Then {seeds}
-seeds are trained, {epochs} epochs each (MMIN twice: it begins with a whole concatenation model); the epoch is the one
-best on the validation split, and the test split is read once. Values: mean ± standard deviation over the seeds, in %;
-differences are paired by seed, with 95 % confidence intervals (Student's t)."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Evidence:
-    """The datasets ("digits" or paths), the results so far, and where tables and pictures go."""
-
-    sources: Sequence[str]
-    results: Results
-    out: Path
-    seeds: int
-    epochs: int
-    workers: int
-
-    @property
-    def protocol(self) -> str:
-        lrs, decays = (", ".join(f"{value:g}" for value in values) for values in (LRS, DECAYS))
-        counts = {"finalists": FINALISTS, "more": len(TUNING_SEEDS) - 1, "seeds": self.seeds, "epochs": self.epochs}
-        return PROTOCOL.format(lrs=lrs, decays=decays, **counts)
-
-    # -- choosing hyperparameters --
-
-    def tune(self, methods: Sequence[str]) -> None:
-        """The trials on the validation split, in three stages."""
-        pairs = [(source, method) for source in self.sources for method in methods]
-        for number, stage in enumerate((self._learning_rates, self._rest, self._finals), 1):
-            self.complete([run for pair in pairs for run in stage(*pair)], f"choosing settings, {number} of 3")
-
-    def chosen(self, source: str, method: str) -> Run:
-        """The best setting, as the run of seed 0 that reads the test split."""
-        best = max(self._finals(source, method), key=self._mean_validation)
-        return dataclasses.replace(best, seed=0, split="test")
-
-    def best_of(self, source: str, methods: Sequence[str]) -> str:
-        """Which method's setting did best on the validation split."""
-
-        def score(method: str) -> float:
-            return max(map(self._mean_validation, self._finals(source, method)))
-
-        return max(methods, key=score)
-
-    def _learning_rates(self, source: str, method: str) -> list[Run]:
-        own = METHODS[method].candidates[1] if METHODS[method].own is not None else None
-        return [
-            Run(source, method, lr, DECAYS[1], own, TUNING_SEEDS[0], "validation", epochs=self.epochs) for lr in LRS
-        ]
-
-    def _rest(self, source: str, method: str) -> list[Run]:
-        best = max(self._learning_rates(source, method), key=self._validation)
-        if METHODS[method].own is not None:
-            settings = [dataclasses.replace(best, own=own) for own in METHODS[method].candidates]
-        else:
-            settings = [dataclasses.replace(best, lr=round(best.lr * factor, 6)) for factor in FINER]
-        return [dataclasses.replace(setting, weight_decay=decay) for setting in settings for decay in DECAYS]
-
-    def _finals(self, source: str, method: str) -> list[Run]:
-        """The best trials, seed by seed."""
-        trials = dict.fromkeys(self._learning_rates(source, method) + self._rest(source, method))
-        best = sorted(trials, key=self._validation, reverse=True)[:FINALISTS]
-        return [dataclasses.replace(run, seed=seed) for run in best for seed in TUNING_SEEDS]
-
-    def _mean_validation(self, run: Run) -> float:
-        return statistics.mean(self._validation(dataclasses.replace(run, seed=seed)) for seed in TUNING_SEEDS)
-
-    def _validation(self, run: Run) -> float:
-        """Its accuracy; that of a run that diverged is 0."""
-        return self.results[run].get("validation", 0.0)
-
-    # -- runs and their values --
-
-    def over_seeds(self, run: Run, **changes: object) -> list[Run]:
-        return [dataclasses.replace(run, seed=seed, **changes) for seed in range(self.seeds)]
-
-    def final(self, source: str, method: str, **changes: object) -> list[Run]:
-        return self.over_seeds(self.chosen(source, method), **changes)
-
-    def complete(self, runs: Sequence[Run], title: str) -> None:
-        self.results.complete(runs, title, self.workers)
-
-    def values(self, runs: Sequence[Run], *path: str) -> list[float | None]:
-        """A number of each run's result. None: the run diverged. NaN: it has none, as of a modality without samples."""
-        found = []
-        for run in runs:
-            value = self.results[run]
-            absent = None if "diverged" in value else math.nan
-            for name in path:
-                value = value.get(name) if value is not None else None
-            found.append(absent if value is None else value)
-        return found
-
-    def accuracies(self, runs: Sequence[Run]) -> list[float | None]:
-        return self.values(runs, "accuracy")
-
-
-def name_of(source: str) -> str:
-    return Path(source).stem
-
-
-def modalities_of(source: str) -> tuple[str, ...]:
-    return load(source, 0.0, 0).modalities
 
 
 # ---- The paper's tables and figure -----------------------------------------------------------------------------------
@@ -156,7 +45,7 @@ def table1(e: Evidence) -> None:
     for source in e.sources:
         best = fused[source, e.best_of(source, MLA)]
         cells += [percent(best), difference(best, fused[source, "alternating"])]
-    rows.append(["MLA, the best of these four on validation", *cells])
+    rows.append([f"MLA, the best of these {len(MLA)} on validation", *cells])
     columns = ["method"]
     for source in e.sources:
         columns += [name_of(source), "against alternation"]
@@ -180,9 +69,9 @@ def table1(e: Evidence) -> None:
         columns += ["validation", "lost there after the best epoch", "one modality alone is"]
         tables.append(Table(f"{name_of(source)}: each modality alone", columns, rows))
     best = "; ".join(f"{name_of(source)}: {METHODS[e.best_of(source, MLA)].title}" for source in e.sources)
-    text = f"""{e.protocol} FiLM and BiGated are defined for two modalities; `methods.py` says what is made of three.
-    The last row had four times the trials of the others ({best})."""
-    write(e.out / "table1", "Table 1: methods and datasets", text, tables)
+    text = f"""{e.protocol} FiLM and BiGated are defined for two modalities; `methods/` says what is made of three. The
+    last row had {len(MLA)} times the trials of the others ({best})."""
+    e.write("table1", "Table 1: methods and datasets", text, tables)
     figures.dots(
         {name_of(s): {METHODS[m].title: fused[s, m] for m in MAIN} for s in e.sources},
         METHODS["alternating"].title,
@@ -214,7 +103,7 @@ def table2(e: Evidence) -> None:
     dropped with probability r, in all splits, and what is missing differs by seed; a sample that would lose all it has
     keeps one of them, so the share that is really dropped, given in the head, is lower (with two modalities and
     r = 80 % it is 48 %)."""
-    write(e.out / "table2", "Table 2: missing modalities, in training and in test", text, tables)
+    e.write("table2", "Table 2: missing modalities, in training and in test", text, tables)
 
 
 def table3(e: Evidence) -> None:
@@ -246,7 +135,7 @@ def table3(e: Evidence) -> None:
     alphas = ", ".join(f"{name_of(s)} {e.chosen(s, 'mla').own:g}" for s in e.sources)
     text = f"""{e.protocol} Without dynamic fusion the logits are averaged, also where the epoch is chosen. The
     projection is that of the alpha chosen for MLA: {alphas}."""
-    write(e.out / "table3", "Table 3: projection and dynamic fusion", text, tables)
+    e.write("table3", "Table 3: projection and dynamic fusion", text, tables)
 
 
 GAP_METHODS = ("concat", "alternating", "mla")
@@ -275,7 +164,7 @@ def figure3(e: Evidence) -> None:
     modalities, the mean over pairs. Separability: how often a linear classifier, trained on one half, tells on the
     other which modality a feature is of. The picture shows the first two principal components of the features of
     seed 0."""
-    write(e.out / "figure3", "Figure 3: the modality gap", text, tables)
+    e.write("figure3", "Figure 3: the modality gap", text, tables)
     figures.gap([[e.chosen(s, m) for m in GAP_METHODS] for s in e.sources], e.out / "figure3.png")
 
 
@@ -316,7 +205,7 @@ def order(e: Evidence) -> None:
         columns = ["order", "that is", "Alternation alone", "against given", "MLA", "against given"]
         tables.append(Table(name_of(s), columns, rows))
     text = f"{e.protocol} How strong a modality is, is its own validation accuracy in late fusion."
-    write(e.out / "order", "Does the order of the modalities matter?", text, tables)
+    e.write("order", "Does the order of the modalities matter?", text, tables)
 
 
 def curves(e: Evidence) -> None:
@@ -348,7 +237,7 @@ def curves(e: Evidence) -> None:
         drawn[title] = (values, {name_of(s): found[s] for s in e.sources})
     text = f"""{e.protocol} Learning rate and weight decay are those chosen for MLA; "no projection" is alternation
     alone at its own. These curves show the test split for information; no setting was chosen by them."""
-    write(e.out / "curves", "How much do alpha and forget matter?", text, tables)
+    e.write("curves", "How much do alpha and forget matter?", text, tables)
     figures.curves(drawn, {name_of(s): e.accuracies(plain[s]) for s in e.sources}, e.out / "curves.png")
 
 
@@ -370,7 +259,7 @@ def head(e: Evidence) -> None:
     tables = [Table("Test accuracy", ["method", *columns], rows), Table("Differences", ["", *columns], effects)]
     text = f"""{e.protocol} With one shared head the baselines have exactly the parameters of MLA. Late fusion with a
     shared head is alternation without the turns: the same losses, added up in one step."""
-    write(e.out / "head", "Do the baselines keep up with the same head?", text, tables)
+    e.write("head", "Do the baselines keep up with the same head?", text, tables)
 
 
 def gap(e: Evidence) -> None:
@@ -399,7 +288,7 @@ def gap(e: Evidence) -> None:
     columns[-1] += " (as many as methods)"
     text = f"""{e.protocol} Gap: the distance of the centroids (figure3.md). r: Pearson's, with its 95 % interval; ρ:
     Spearman's."""
-    write(e.out / "gap", "Does a larger gap mean better accuracy?", text, [Table("Correlation", columns, rows)])
+    e.write("gap", "Does a larger gap mean better accuracy?", text, [Table("Correlation", columns, rows)])
     figures.scatter(points, e.out / "gap.png")
 
 
@@ -439,20 +328,23 @@ def entropy(e: Evidence) -> None:
     modalities of a sample of which exactly one predicts the class, how often it is the one of lower entropy.
     Calibration error: of the fused softmax, over 15 bins of confidence. Both fusions at the epoch chosen for entropy
     fusion."""
-    write(e.out / "entropy", "Is high entropy really wrong more often?", text, tables)
+    e.write("entropy", "Is high entropy really wrong more often?", text, tables)
     figures.entropy(drawn, e.out / "entropy.png")
 
 
 EXPERIMENTS: dict[str, Callable[[Evidence], None]] = {
+    "table0": table0,
     "table1": table1,
     "table2": table2,
     "table3": table3,
     "figure3": figure3,
     "order": order,
     "curves": curves,
+    "tolerance": tolerance,
     "head": head,
     "gap": gap,
     "entropy": entropy,
+    "ranking": ranking,
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ def mean_and_std(values: Sequence[float | None]) -> tuple[float, float]:
 
 def dots(accuracies: Mapping[str, Mapping[str, Sequence[float | None]]], reference: str, path: Path) -> None:
     """{dataset: {method: accuracies}}: a panel for each dataset, a dot for each method, a line at `reference`."""
-    figure, axes = canvas(1, len(accuracies), 3.2, 4.6)
+    figure, axes = canvas(1, len(accuracies), 3.2, 0.6 + 0.27 * max(map(len, accuracies.values())))
     for i, (ax, (dataset, methods)) in enumerate(zip(axes.flat, accuracies.items(), strict=True)):
         for y, (title, values) in enumerate(methods.items()):
             mean, std = mean_and_std(values)
@@ -67,6 +68,23 @@ def curves(
             ax.axhline(mean_and_std(plain[dataset])[0], color=STRONG, linestyle=":", linewidth=1, label="no projection")
             ax.set(title=dataset, xlabel=title, ylabel="test accuracy, %")
     axes[0][0].legend(fontsize=8, frameon=False)
+    save(figure, path)
+
+
+def tolerance(lrs: Sequence[float], drawn: Mapping[str, Mapping[str, Mapping[str, list[float]]]], path: Path) -> None:
+    """{epoch: {dataset: {method: the mean accuracy at each lr, %}}}: a row for each epoch, a panel for each dataset."""
+    figure, axes = canvas(len(drawn), len(next(iter(drawn.values()))), 3.2, 2.7)
+    for ax_row, (epoch, datasets) in zip(axes, drawn.items(), strict=True):
+        for ax, (dataset, methods) in zip(ax_row, datasets.items(), strict=True):
+            others, ours = itertools.cycle(COLORS[1:]), itertools.cycle(("-", ":"))
+            for title, found in methods.items():
+                mla = title.startswith("MLA")
+                color = COLORS[0] if mla else STRONG if title == METHODS["alternating"].title else next(others)
+                style, width = (next(ours), 2.2) if mla else ("--", 1.2)
+                ax.plot(lrs, found, style, marker="o", markersize=3, linewidth=width, color=color, label=title)
+            ax.set(title=f"{dataset}, {epoch} epoch", xscale="log", xlabel="lr", ylabel="test accuracy, %")
+    labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(*labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     save(figure, path)
 
 

@@ -18,6 +18,7 @@ import argparse
 import statistics
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.optim import SGD, Optimizer
@@ -30,9 +31,9 @@ from .. import RESULTS
 from ..machine import machine
 from ..plots import canvas, save
 
-CURVE = [("plain SGD", None, 0.0)]
-CURVE += [(f"forget {forget:g}", 0.1, forget) for forget in (0.3, 0.1, 0.03, 0.01, 1e-3, 0.0)]
-CURVE += [(f"alpha {alpha:g}", alpha, 0.0) for alpha in (100.0, 10.0, 1.0, 0.01)]
+CURVE: list[tuple[str, float | None, dict[str, float]]] = [("plain SGD", None, {})]
+CURVE += [(f"forget {forget:g}", 0.1, {"forget": forget}) for forget in (0.3, 0.1, 0.03, 0.01, 1e-3, 0.0)]
+CURVE += [(f"alpha {alpha:g}", alpha, {}) for alpha in (100.0, 10.0, 1.0, 0.01)]
 
 
 def last_epoch(
@@ -59,12 +60,20 @@ def last_epoch(
     return torch.stack(passed).mean().item(), torch.stack(moved).mean().item()
 
 
-def run(data: mla_ext.MultimodalData, alpha: float | None, forget: float, epochs: int, seed: int) -> tuple[float, ...]:
+def run(
+    data: mla_ext.MultimodalData,
+    alpha: float | None,
+    options: dict[str, Any],
+    epochs: int,
+    seed: int,
+    width: int = Settings.width,
+) -> tuple[float, ...]:
+    """Plasticity, interference and accuracy. alpha None: plain SGD; options: further ones of ProjectedSGD."""
     settings = replace(Settings(), method="alternating" if alpha is None else "mla", seed=seed, epochs=epochs)
-    settings = settings if alpha is None else replace(settings, alpha=alpha)
+    settings = replace(settings, width=width, alpha=Settings.alpha if alpha is None else alpha)
     model, optimizer = build(data, settings)
-    for group in optimizer.param_groups if alpha is not None else []:
-        group["forget"] = forget
+    for group in optimizer.param_groups:
+        group.update(options)
     history = mla_ext.fit(model, optimizer, data, epochs=epochs, seed=seed, progress=False)
     accuracy = max(record["validation"]["fusions"]["entropy"]["accuracy"] for record in history)
     return *last_epoch(model, optimizer, data, settings.batch_size, seed), accuracy
@@ -93,8 +102,8 @@ def main() -> None:
     arguments = parser.parse_args()
     data = (mla_ext.load_npz(arguments.data) if arguments.data else mla_ext.digits()).standardized()
     rows = []
-    for name, alpha, forget in CURVE:
-        runs = [run(data, alpha, forget, arguments.epochs, seed) for seed in range(arguments.seeds)]
+    for name, alpha, options in CURVE:
+        runs = [run(data, alpha, options, arguments.epochs, seed) for seed in range(arguments.seeds)]
         plasticity, interference, accuracy = (statistics.mean(column) for column in zip(*runs, strict=True))
         rows.append((name, plasticity, interference, accuracy, statistics.stdev(r[2] for r in runs)))
         print(*rows[-1], flush=True)

@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -63,8 +63,13 @@ def load(source: str, missing: float, seed: int) -> mla_ext.MultimodalData:
     return dataclasses.replace(data, features={m: f.flatten(1) for m, f in data.features.items()})
 
 
-def trained(run: Run, data: mla_ext.MultimodalData) -> tuple[MultimodalModel, list[dict[str, Any]]]:
-    """The model with the weights of its best epoch, and its history; NonFiniteLossError as `fit`."""
+def trained(
+    run: Run, data: mla_ext.MultimodalData, before: Callable[[MultimodalModel], object] = lambda model: None
+) -> tuple[MultimodalModel, list[dict[str, Any]]]:
+    """The model with the weights of its best epoch, and its history; NonFiniteLossError as `fit`.
+
+    before: called with the model when it is there and not trained yet.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
         setting = Setting(run.lr, run.weight_decay, run.own, run.seed, run.epochs, WIDTH)
@@ -75,6 +80,7 @@ def trained(run: Run, data: mla_ext.MultimodalData) -> tuple[MultimodalModel, li
         if order not in ("given", "random"):
             model, order = type(model)({m: model.encoders[m] for m in order.split(",")}, model.head), "given"
         options = {"epochs": run.epochs, "batch_size": BATCH_SIZE, "seed": run.seed, "order": order}
+        before(model)
         return model, mla_ext.fit(model, optimizer, data, **options, progress=False)
 
 
@@ -126,11 +132,13 @@ class Results:
                     continue
                 self.found[json.dumps(record["run"])] = record["result"]
 
-    def __getitem__(self, run: Run) -> dict[str, Any]:
+    def __getitem__(self, run: Any) -> dict[str, Any]:
         return self.found[run.key]
 
-    def complete(self, runs: Iterable[Run], title: str, workers: int) -> None:
-        """Do the runs that are not there yet, the longest data first."""
+    def complete(
+        self, runs: Iterable[Any], title: str, workers: int, work: Callable[[Any], dict[str, Any]] | None = None
+    ) -> None:
+        """Do the runs that are not there yet, the longest data first. work: what does one of them, if not `execute`."""
         missing = {run.key: run for run in runs if run.key not in self.found}
         if not missing:
             return
@@ -140,20 +148,24 @@ class Results:
         with self.path.open("a", encoding="utf-8") as file:
             if self.path.stat().st_size and not self.path.read_bytes().endswith(b"\n"):
                 file.write("\n")
-            for run, result in tqdm(execute_all(todo, workers), total=len(todo), unit="run", desc=title):
+            for run, result in tqdm(
+                execute_all(todo, workers, work or execute), total=len(todo), unit="run", desc=title
+            ):
                 self.found[run.key] = result
                 file.write(json.dumps({"run": json.loads(run.key), "result": result, **about}) + "\n")
                 file.flush()
 
 
-def execute_all(runs: list[Run], workers: int) -> Iterator[tuple[Run, dict[str, Any]]]:
+def execute_all(
+    runs: list[Any], workers: int, work: Callable[[Any], dict[str, Any]]
+) -> Iterator[tuple[Any, dict[str, Any]]]:
     """As they end. With one worker it is this process."""
     if workers == 1:
-        yield from ((run, execute(run)) for run in runs)
+        yield from ((run, work(run)) for run in runs)
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        futures = {pool.submit(execute, run): run for run in runs}
+        futures = {pool.submit(work, run): run for run in runs}
         for future in as_completed(futures):
             yield futures[future], future.result()
 

@@ -78,6 +78,13 @@ CASES = (
 )
 # Where float32 meets denormal numbers: run again with flush-to-zero.
 DENORMAL = CASES[-2:]
+# A compression in every 8 steps, or 32.
+RANK_CASES = (
+    Case("usual (ReLU of normals)", _usual, steps=1_000_000, options={"rank": 16}),
+    Case("usual, s = 512", _usual, s=512, steps=20_000, options={"rank": 64}),
+    Case("rank 4, × 100", _low_rank, options={"rank": 16}),
+    Case("the same every step, × 1000", _identical(1e3), options={"rank": 16}),
+)
 
 
 class Run:
@@ -104,7 +111,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Record:
-    """After so many steps: relative errors in the Frobenius norm, the largest |P − Pᵀ|, extreme eigenvalues of P."""
+    """After so many steps: relative errors in the Frobenius norm, the largest |P − Pᵀ|, extreme eigenvalues of P.
+
+    trace_error: of P's trace, relative.
+    """
 
     steps: int
     P_error: float
@@ -114,6 +124,7 @@ class Record:
     highest: float
     lowest64: float
     highest64: float
+    trace_error: float = 0.0
 
 
 def inputs(case: Case) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -138,12 +149,17 @@ def compare(single: Run, double: Run, steps: int) -> Record:
         ours[-1].item(),
         theirs[0].item(),
         theirs[-1].item(),
+        (P.double().trace() / exact.trace() - 1).abs().item(),
     )
 
 
-def run(case: Case) -> tuple[list[Record], float]:
-    """Records at steps that grow by a fifth or so, and the microseconds of a float32 step."""
-    single, double = Run(case, torch.float32), Run(case, torch.float64)
+def run(case: Case, truth: str = "auto") -> tuple[list[Record], float]:
+    """Records at steps that grow by a fifth or so, and the microseconds of a float32 step.
+
+    truth: the backend of the float64 run.
+    """
+    exact = replace(case, options=case.options | {"backend": truth})
+    single, double = Run(case, torch.float32), Run(exact, torch.float64)
     records, due = [], 0
     for first, features, errors in inputs(case):
         single.steps(features, errors)
@@ -189,6 +205,26 @@ def table(results: dict[Case, list[Record]]) -> list[str]:
     return lines
 
 
+def rank_table(results: dict[Case, list[Record]]) -> list[str]:
+    lines = [
+        "| features | s | R | steps | error of P's trace | of P | of W | \\|P − Pᵀ\\| | eigenvalues of P "
+        "| in float64 |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for case, records in results.items():
+        last = records[-1]
+        errors = (
+            f"{getattr(last, name):.1e} (≤ {max(getattr(r, name) for r in records):.1e})"
+            for name in ("trace_error", "P_error", "W_error")
+        )
+        lines.append(
+            f"| {case.name} | {case.s} | {case.options['rank']} | {case.steps:,} | {' | '.join(errors)} "
+            f"| {max(r.asymmetry for r in records):g} | {last.lowest:.2g} … {last.highest:.3g} "
+            f"(lowest ever {min(r.lowest for r in records):.2g}) | {last.lowest64:.2g} … {last.highest64:.3g} |"
+        )
+    return lines
+
+
 def draw(results: dict[Case, list[Record]], path: Path) -> None:
     figure, (axes,) = canvas(1, 3, 4, 4.6)
     for case, records in results.items():
@@ -212,11 +248,13 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     results: dict[Case, list[Record]] = {}
+    ranked: dict[Case, list[Record]] = {}
     begin = time.perf_counter()
-    for case in CASES:
+    for case in (*CASES, *RANK_CASES):
         short = replace(case, steps=max(case.steps // arguments.divide, CHUNK))
-        results[short], microseconds = run(short)
-        print(f"{case.name}: {microseconds:.0f} µs a step; {results[short][-1]}", flush=True)
+        records, microseconds = run(short)
+        (ranked if case in RANK_CASES else results)[short] = records
+        print(f"{case.name}: {microseconds:.0f} µs a step; {records[-1]}", flush=True)
     lines = [
         "# Long runs in float32",
         "",
@@ -226,6 +264,13 @@ def main() -> None:
         f"the Frobenius norm. lr 0.01, momentum 0.9, α = 0.1, {CLASSES} classes, {ROWS} rows a step.",
         "",
         *table(results),
+        "",
+        "## The rank form",
+        "",
+        "The same for P in R rows and one number, which are compressed every R/2 steps. In parentheses: the largest on",
+        "the way.",
+        "",
+        *rank_table(ranked),
         "",
         "## Denormal numbers",
         "",

@@ -14,17 +14,22 @@ import torch
 from parity import error
 
 from mla_ext import backends, ops, reference
+from mla_ext.projection import Projection
 from mla_ext.reference import Hyperparameters, accumulate_dtype
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "dev" / "parity.md"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 STEPS, SEEDS = 5, 3
+RANK, RANK_STEPS = 8, 14  # with two compressions
 N, S, C, M = 64, 65, 6, 3  # samples, features, classes, modalities
 HYPER = {
     "head_step": Hyperparameters(lr=0.1, momentum=0.9, weight_decay=0.01),
     "head_step, absorb before": Hyperparameters(lr=0.1, momentum=0.9, absorb="before", forget=0.05),
     "head_step, normalize": Hyperparameters(lr=0.1, momentum=0.9, normalize=True),
 }
+
+
+RANK_HYPER = {name: hyper for name, hyper in HYPER.items() if not hyper.normalize}
 
 
 def randn(*shape: int, seed: int, dtype: torch.dtype) -> torch.Tensor:
@@ -65,6 +70,24 @@ def head_step(
     return [W, buffer, P]
 
 
+def rank_step(
+    hyper: Hyperparameters, backend: str | None, dtype: torch.dtype, working: torch.dtype, seed: int
+) -> list[torch.Tensor]:
+    like = {"dtype": accumulate_dtype(working)}
+    W, step = randn(C, S, seed=seed, dtype=dtype).to(working), torch.zeros(())
+    buffer, P = torch.zeros(C, S, **like), Projection.identity(S, RANK, 0, like["dtype"], W.device)
+    beta, K = torch.ones((), **like), torch.zeros(0, S, **like)
+    for t in range(RANK_STEPS):
+        G = randn(C, S, seed=200 * seed + t, dtype=dtype).to(working)
+        h = randn(S, seed=100 * seed + t, dtype=accumulate_dtype(dtype)).relu().to(like["dtype"])
+        if backend:
+            ops.head_step_(W, G, buffer, P, h, step, hyper, backend=backend)
+        else:
+            W, buffer, beta, K = reference.rank_head_step(W, G, buffer, beta, K, RANK, h, step, hyper)
+            step += 1
+    return [W, buffer, P.dense() if backend else beta * torch.eye(S, **like) - K.t() @ K]
+
+
 def entropy_fusion(backend: str | None, dtype: torch.dtype, working: torch.dtype, seed: int) -> list[torch.Tensor]:
     logits = (5 * randn(M, N, C, seed=seed, dtype=torch.float64)).to(dtype).to(working)
     present = randn(M, N, seed=seed + 1, dtype=torch.float64) > -0.5
@@ -77,6 +100,10 @@ OPERATIONS = {
     "feature_mean": (feature_mean, DTYPES),
     "rls_update": (rls_update, (torch.float32, torch.float64)),
     **{name: (lambda *arguments, hyper=hyper: head_step(hyper, *arguments), DTYPES) for name, hyper in HYPER.items()},
+    **{
+        f"{name}, rank {RANK}": (lambda *arguments, hyper=hyper: rank_step(hyper, *arguments), DTYPES)
+        for name, hyper in RANK_HYPER.items()
+    },
     "entropy_fusion": (entropy_fusion, DTYPES),
 }
 
@@ -119,7 +146,8 @@ absolute differences to the reference in float64, over all results of an operati
 step) and {SEEDS} seeds; 1.00 is as accurate as PyTorch, and the tests allow 2 plus {1e-6:.0e} of the largest entry.
 In float64 PyTorch is the truth itself, and the table gives the error relative to the largest entry instead.
 
-N = {N} samples, s = {S} features, C = {C} classes, M = {M} modalities; {STEPS} updates or steps in a row.
+N = {N} samples, s = {S} features, C = {C} classes, M = {M} modalities; {STEPS} updates or steps in a row,
+{RANK_STEPS} of the rank form, with two compressions.
 PyTorch {torch.__version__} on {platform.machine()}. Triton's column comes from its interpreter on CPU tensors, which
 computes with NumPy: it shows the algorithm, not a GPU's arithmetic (NumPy adds up the rows of a feature mean one after
 the other, a GPU in a tree). No GPU is behind this table; on one, `tests/test_ops.py` holds every backend to the bound.

@@ -56,15 +56,16 @@ struct PyTorch {
 #define MLA_EXT_NAMES(X)                                                                                               \
   X(params)                                                                                                            \
   X(grads)                                                                                                             \
-  X(momentum_buffers) X(first_step) X(grad_scale) X(hyper) X(lr) X(momentum) X(dampening) X(weight_decay) X(nesterov)  \
-      X(maximize) X(alpha) X(absorb) X(normalize) X(forget) X(weight) X(grad) X(momentum_buffer) X(projection) X(base) \
-          X(beta) X(rows) X(count) X(feature_mean) X(step) X(found_inf)
+  X(momentum_buffers)                                                                                                  \
+  X(first_step) X(grad_scale) X(hyper) X(lr) X(momentum) X(dampening) X(weight_decay) X(nesterov) X(maximize) X(alpha) \
+      X(absorb) X(normalize) X(forget) X(weight) X(grad) X(momentum_buffer) X(projection) X(base) X(beta) X(rows)      \
+          X(count) X(feature_mean) X(step) X(found_inf) X(is_neg)
 struct Names {
 #define MLA_EXT_DECLARE(name) PyObject* name = nullptr;
   MLA_EXT_NAMES(MLA_EXT_DECLARE)
 } names;
 
-// The attribute of an object that keeps it; null where there is none.
+// The attribute of an object that keeps it, a field or a slot and no property; null where there is none.
 PyObject* attribute(PyObject* object, PyObject* name) {
   PyObject* value = PyObject_GetAttr(object, name);
   if (value == nullptr) PyErr_Clear();
@@ -88,7 +89,8 @@ struct Dense {
   }
 };
 
-// Whether `object` is such a tensor. Subclasses may be anything.
+// Whether `object` is such a tensor. Subclasses may be anything; so may one whose numbers are not those in its memory:
+// of opposite sign (`is_neg`), or zeros that are nowhere.
 bool get(PyObject* object, Dense& tensor) {
   if (object == nullptr) return false;
   PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
@@ -105,7 +107,11 @@ bool get(PyObject* object, Dense& tensor) {
     is_contiguous = is_contiguous && (view.shape[dim] == 1 || view.strides[dim] == tensor.size);
     tensor.size *= view.shape[dim];
   }
-  return is_contiguous || tensor.size == 0;
+  if (tensor.size > 0 && (!is_contiguous || view.data == nullptr)) return false;
+  PyObject* is_neg = PyObject_CallMethodNoArgs(object, names.is_neg);
+  if (is_neg == nullptr) PyErr_Clear();
+  Py_XDECREF(is_neg);
+  return is_neg == Py_False;
 }
 
 bool get_dtype(const Dense& tensor, DType& dtype) {

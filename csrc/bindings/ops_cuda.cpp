@@ -11,6 +11,7 @@
 #include "cuda/entropy_fusion.h"
 #include "cuda/feature_mean.h"
 #include "cuda/head_step.h"
+#include "cuda/rank_step.h"
 
 namespace {
 
@@ -49,9 +50,8 @@ void check_launch(cudaError_t error) {
 }
 
 // Memory of the tensor's device, from the allocator that CUDA graphs know.
-Tensor workspace_like(const Tensor& projection, DType dtype, int64_t C) {
-  const size_t bytes = mla_ext::cuda::head_step_workspace_bytes(dtype, C, projection.size(0));
-  return torch::stable::new_empty(projection, {int64_t(bytes)}, ScalarType::Byte);
+Tensor workspace_like(const Tensor& like, size_t bytes) {
+  return torch::stable::new_empty(like, {int64_t(bytes)}, ScalarType::Byte);
 }
 
 Tensor feature_mean(const Tensor& features) {
@@ -69,7 +69,8 @@ void rls_update_(Tensor projection, const Tensor& feature_mean, double alpha, do
   check_same_gpu(feature_mean, "feature_mean", projection);
   const DType dtype = dtype_of(projection, "projection");
   const Place place(projection);
-  Tensor workspace = workspace_like(projection, dtype, 0);
+  const size_t bytes = mla_ext::cuda::head_step_workspace_bytes(dtype, 0, projection.size(0));
+  Tensor workspace = workspace_like(projection, bytes);
   check_launch(mla_ext::cuda::rls_update(dtype, projection.data_ptr(), feature_mean.data_ptr(), projection.size(0),
                                          alpha, forget, normalize, workspace.data_ptr(), place.stream()));
 }
@@ -80,14 +81,18 @@ void head_step_(Tensor weight, const Tensor& grad, std::optional<Tensor> momentu
                 double weight_decay, bool nesterov, bool maximize, double alpha, double forget, bool absorb_before,
                 bool normalize, const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
                 const std::optional<Tensor>& lr_tensor, const std::optional<Tensor>& alpha_tensor) {
-  STD_TORCH_CHECK(base.has_value(), "base: expected a tensor (s, s), got none; the CUDA kernels take a dense P only");
-  STD_TORCH_CHECK(!beta.has_value(), "beta: expected none beside base");
-  STD_TORCH_CHECK(!rows.has_value(), "rows: expected none; the CUDA kernels take a dense P only");
-  STD_TORCH_CHECK(!count.has_value(), "count: expected none without rows");
   check_head_step(weight, grad, momentum_buffer, base, feature_mean, step, kDevice);
+  check_rows(base, beta, rows, count, weight.size(1), accumulate_type(weight), kDevice);
+  const bool is_dense = base.has_value();
+  STD_TORCH_CHECK(!(is_dense && rows.has_value()), "rows: expected none beside base; the CUDA kernels defer nothing");
+  STD_TORCH_CHECK(is_dense || rows->size(0) >= 2, "rows: expected at least 2 rows, got ", rows->size(0));
+  STD_TORCH_CHECK(is_dense || !normalize, "normalize: expected false with rows");
   check_same_gpu(grad, "grad", weight);
   check_same_gpu(momentum_buffer, "momentum_buffer", weight);
   check_same_gpu(base, "base", weight);
+  check_same_gpu(beta, "beta", weight);
+  check_same_gpu(rows, "rows", weight);
+  check_same_gpu(count, "count", weight);
   check_same_gpu(feature_mean, "feature_mean", weight);
   check_same_gpu(step, "step", weight);
 
@@ -98,7 +103,8 @@ void head_step_(Tensor weight, const Tensor& grad, std::optional<Tensor> momentu
   arguments.weight = weight.data_ptr();
   arguments.grad = grad.data_ptr();
   arguments.momentum_buffer = pointer(momentum_buffer);
-  arguments.projection.base = base->data_ptr();
+  arguments.projection = {pointer(base), pointer(beta), pointer(rows), static_cast<int64_t*>(pointer(count)),
+                          rows.has_value() ? rows->size(0) : 0};
   arguments.feature_mean = pointer(feature_mean);
   arguments.step = static_cast<float*>(step.data_ptr());
   arguments.hyper = {lr,
@@ -121,7 +127,12 @@ void head_step_(Tensor weight, const Tensor& grad, std::optional<Tensor> momentu
   check_same_gpu(alpha_tensor, "alpha_tensor", weight);
 
   const Place place(weight);
-  Tensor workspace = workspace_like(*base, arguments.dtype, arguments.C);
+  if (!is_dense) {
+    Tensor workspace = workspace_like(*rows, mla_ext::cuda::rank_step_workspace_bytes(arguments));
+    return check_launch(mla_ext::cuda::rank_step(arguments, workspace.data_ptr(), place.stream()));
+  }
+  const size_t bytes = mla_ext::cuda::head_step_workspace_bytes(arguments.dtype, arguments.C, arguments.s);
+  Tensor workspace = workspace_like(*base, bytes);
   if (mla_ext::cuda::head_step_prefers_product_given(arguments.C, arguments.s)) {
     Tensor Z = torch::stable::new_empty(*base, {arguments.C, arguments.s});
     matmul_into(torch::stable::to(grad, base->scalar_type()), *base, Z);

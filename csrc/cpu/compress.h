@@ -58,12 +58,14 @@ void compress(const Projection& P, int64_t s, ParallelFor parallel_for) {
   gram(K, R, s, V.get(), parallel_for);
   eigen(V.get(), lambda.get(), R);
 
-  const auto p = [&](int64_t i) { return lambda[i] < beta ? double(beta) - lambda[i] : 0.0; };
+  // At least what is rounding: none becomes negative over the compressions. NaN stays visible.
+  const double least = double(kRankNoise<A>) * beta;
+  const auto p = [&](int64_t i) { return beta - lambda[i] < least ? least : beta - lambda[i]; };
   double dropped = 0;
   for (int64_t i = keep; i < R; ++i) dropped += p(i);
   double rest = beta;
   if (s > keep) rest = (dropped + double(s - R) * beta) / double(s - keep);
-  rest = rest > 0 ? rest : 0;  // more rows than s: their sum is 0 to rounding
+  rest = rest < 0 ? 0 : rest;  // more rows than s: their sum is 0 to rounding
 
   // p_i <= rest <= beta, so a factor is at most 1; a direction that is not there becomes a row of 0.
   Scratch<A> factors(keep * R);

@@ -91,18 +91,22 @@ inline void tridiagonalise(double* A, double* diagonal, double* beside, int64_t 
 }
 
 // QL iterations with implicit shifts: d becomes the eigenvalues, and the rows of V, Q^T before, the eigenvectors.
-inline void diagonalise(double* d, double* e, double* V, int64_t n) {
+// False: some did not come out.
+inline bool diagonalise(double* d, double* e, double* V, int64_t n) {
   for (int64_t i = 1; i < n; ++i) e[i - 1] = e[i];
   e[n - 1] = 0;
+  double norm = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const double size = std::fabs(d[i]) + std::fabs(e[i]);
+    norm = size > norm ? size : norm;
+  }
+  const double negligible = std::numeric_limits<double>::epsilon() / 2 * norm;
   for (int64_t l = 0; l < n; ++l) {
-    for (int iteration = 0; iteration < 60; ++iteration) {  // a few do
+    for (int iteration = 0;; ++iteration) {
       int64_t m = l;
-      while (m + 1 < n &&
-             std::fabs(e[m]) > std::numeric_limits<double>::epsilon() / 2 * (std::fabs(d[m]) + std::fabs(d[m + 1])) +
-                                   std::numeric_limits<double>::min()) {
-        ++m;
-      }
+      while (m + 1 < n && std::fabs(e[m]) > negligible) ++m;
       if (m == l) break;
+      if (iteration == 60) return false;  // 8 were the most that any matrix took
       double g = (d[l + 1] - d[l]) / (2 * e[l]);
       const double root = std::sqrt(g * g + 1);
       g = d[m] - d[l] + e[l] / (g + (g < 0 ? -root : root));
@@ -132,13 +136,30 @@ inline void diagonalise(double* d, double* e, double* V, int64_t n) {
       e[m] = 0;
     }
   }
+  return true;
 }
 
-// The symmetric V (n, n) becomes its eigenvectors, one a row, by falling eigenvalue.
+// The symmetric V (n, n) becomes its eigenvectors, one a row, by falling eigenvalue. The error of an eigenvalue is some
+// epsilon of the largest one, at any scale. All are NaN if V holds a number that is not finite, or they do not come
+// out.
 inline void eigen(double* V, double* values, int64_t n) {
+  double largest = 0;
+  bool found = true;
+  for (int64_t i = 0; i < n * n; ++i) {
+    found = found && std::isfinite(V[i]);
+    largest = std::fabs(V[i]) > largest ? std::fabs(V[i]) : largest;
+  }
+  int exponent = 0;
+  std::frexp(largest, &exponent);
+  // Then no square overflows, and none that counts underflows. Exact; in two steps, as 2^1074 is no double.
+  const double half = std::ldexp(1.0, -exponent / 2), other = std::ldexp(1.0, -exponent - (-exponent / 2));
+  for (int64_t i = 0; i < n * n; ++i) V[i] = V[i] * half * other;
   Scratch<double> beside(n);
   tridiagonalise(V, values, beside.get(), n);
-  diagonalise(values, beside.get(), V, n);
+  found = diagonalise(values, beside.get(), V, n) && found;
+  for (int64_t i = 0; i < n; ++i) {
+    values[i] = found ? values[i] / half / other : std::numeric_limits<double>::quiet_NaN();
+  }
   for (int64_t i = 0; i < n; ++i) {
     int64_t largest = i;
     for (int64_t m = i + 1; m < n; ++m) largest = values[m] > values[largest] ? m : largest;

@@ -6,7 +6,7 @@
 namespace mla_ext::cpu {
 
 // So few are not worth the wake of a thread: two take as long as one, with other work between the steps.
-constexpr int64_t kElementsOfOneThread = 32768;
+constexpr int64_t kElementsOfOneThread = 16384;
 
 struct SgdTensor {
   void* weight;           // in place
@@ -20,7 +20,7 @@ struct SgdTensor {
 struct PlainSgd {
   const SgdTensor* tensors;  // that share no memory, where they are more than one thread steps
   int64_t count;
-  int64_t size;   // the elements of all
+  int64_t size;     // the elements of all
   bool first_step;  // the momentum buffers start as the gradients
   bool nesterov;
   bool maximize;

@@ -115,13 +115,16 @@ void append_row(const HeadStep& step, const A* h, const A* k, ParallelFor parall
   A& beta = *static_cast<A*>(step.projection.beta);
   int64_t& count = *step.projection.count;
   const A* rows[] = {h, k};
-  A dots[2];
+  A dots[2], squares;
   product<A>(k, s, rows, 2, s, 0, 1, dots, 1);
-  // h.k >= |k|^2 / beta, as P lies between 0 and beta I. Rounding may break that where k is almost 0; with the larger
-  // one u u^T never takes more than P has, and d >= alpha > 0.
-  const A least = dots[1] / beta, d = A(alpha_of(step.hyper)) + (dots[0] > least ? dots[0] : least);
+  product<A>(h, s, rows, 1, s, 0, 1, &squares, 1);
+  // h.k >= |k|^2 / beta, as P lies between 0 and beta I. The larger one, as rounding may break that where k is almost
+  // 0. k is P h only to within epsilon beta |h|: a smaller d would let its error make P indefinite.
+  const A noise = kRankNoise<A> * beta * squares;
+  const A alpha = A(alpha_of(step.hyper)), least = dots[1] / beta;
+  const A d = (noise > alpha ? noise : alpha) + (least > dots[0] ? least : dots[0]);
   if (!std::isfinite(d) || !(d > 0)) return;
-  if (dots[0] >= least / 2) {  // else k is nothing but rounding: a row of it would make P indefinite
+  if (dots[0] >= noise) {  // else P has nothing left along h
     const A root = std::sqrt(d);
     for (int64_t j = 0; j < s; ++j) K[count * s + j] = k[j] / root;
     ++count;

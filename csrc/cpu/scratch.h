@@ -5,6 +5,8 @@
 #include <cstdlib>
 #include <new>
 
+#include "kernels.h"
+
 namespace mla_ext::cpu::MLA_EXT_ISA {
 
 // Not std::unique_ptr: a standard template instantiated in every instruction set's build is one symbol to the linker,

@@ -187,17 +187,9 @@ cudaError_t entropy_fusion(DType dtype, const void* logits, const uint8_t* prese
   }
   if (M == 0 || C == 0) return cudaErrorInvalidValue;
   if (N == 0) return cudaSuccess;
-  switch (dtype) {
-    case DType::Float32:
-      return run<float>(logits, present, M, N, C, fused, weights, stream);
-    case DType::Float64:
-      return run<double>(logits, present, M, N, C, fused, weights, stream);
-    case DType::Float16:
-      return run<__half>(logits, present, M, N, C, fused, weights, stream);
-    case DType::BFloat16:
-      return run<__nv_bfloat16>(logits, present, M, N, C, fused, weights, stream);
-  }
-  return cudaErrorInvalidValue;
+  return for_type(dtype, [&](auto tag) {
+    return run<typename decltype(tag)::Type>(logits, present, M, N, C, fused, weights, stream);
+  });
 }
 
 }  // namespace mla_ext::cuda

@@ -55,17 +55,8 @@ cudaError_t run(const void* features, int64_t N, int64_t s, int64_t row_stride, 
 cudaError_t feature_mean(DType dtype, const void* features, int64_t N, int64_t s, int64_t row_stride, void* mean,
                          cudaStream_t stream) {
   if (s == 0) return cudaSuccess;
-  switch (dtype) {
-    case DType::Float32:
-      return run<float>(features, N, s, row_stride, mean, stream);
-    case DType::Float64:
-      return run<double>(features, N, s, row_stride, mean, stream);
-    case DType::Float16:
-      return run<__half>(features, N, s, row_stride, mean, stream);
-    case DType::BFloat16:
-      return run<__nv_bfloat16>(features, N, s, row_stride, mean, stream);
-  }
-  return cudaErrorInvalidValue;
+  return for_type(
+      dtype, [&](auto tag) { return run<typename decltype(tag)::Type>(features, N, s, row_stride, mean, stream); });
 }
 
 }  // namespace mla_ext::cuda

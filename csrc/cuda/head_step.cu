@@ -6,6 +6,7 @@
 #include "product.cuh"
 #include "rank_one.cuh"
 #include "sgd.cuh"
+#include "step.cuh"
 
 namespace mla_ext::cuda {
 namespace {
@@ -39,25 +40,18 @@ struct Workspace {
 };
 
 template <typename T>
-struct Arguments {
+struct Arguments : StepArguments<T> {
   using A = accumulate_t<T>;
 
-  T* weight;
-  const T* grad;
-  A* momentum_buffer;
   A* P;
-  const A* feature_mean;
-  float* step;
   const A* Z;  // of the two-launch step
-  int C, s;
-  Hyperparameters hyper;
-  const float* grad_scale;
-  const float* found_inf;
   Workspace<A> workspace;
 
-  __device__ bool skipped() const { return found_inf && *found_inf != 0.0f; }
-  __device__ bool first_step() const { return step && *step == 0.0f; }
-  __device__ A alpha() const { return static_cast<A>(hyper.alpha_tensor ? *hyper.alpha_tensor : hyper.alpha); }
+  Arguments(const HeadStep& step, const void* Z, void* memory)
+      : StepArguments<T>(step),
+        P(static_cast<A*>(step.projection.base)),
+        Z(static_cast<const A*>(Z)),
+        workspace(memory, step.C, step.s) {}
 };
 
 template <typename A, int kWidth>
@@ -94,7 +88,7 @@ __global__ void __launch_bounds__(ProductTraits<accumulate_t<T>>::kMaxThreads, 1
   // All is read here, before the grid barrier: after it one thread increments the step.
   const bool skipped = a.skipped();
   const Sgd<T> sgd(a.weight, a.momentum_buffer, a.hyper, a.grad_scale, a.first_step());
-  const A alpha = a.alpha();
+  const A alpha = alpha_of<A>(a.hyper);
 
   multiply<kAligned>(tiling, shared, a.grad, a.feature_mean, a.P, first_row, rows,
                      [&](int row, int c, A value) { z[c * rows + row] = value; });
@@ -226,7 +220,7 @@ __global__ void __launch_bounds__(kUpdateThreads) head_step_norm_kernel(const Ar
   const int rows = static_cast<int>(min(int64_t{kUpdateRows}, s - first_row));
 
   if (a.skipped()) return;
-  const RankOne<A> rank_one(a.alpha() + sum_of(a.workspace.h_dot_k, product_blocks), a.hyper.forget);
+  const RankOne<A> rank_one(alpha_of<A>(a.hyper) + sum_of(a.workspace.h_dot_k, product_blocks), a.hyper.forget);
   make_own_u(rank_one, a.workspace.k, first_row, rows, own_u);
   A squares = 0;
   update_rows<kWidth>(rank_one, a.P + first_row * s, s, first_row, rows, a.s, a.workspace.k, own_u,
@@ -247,7 +241,7 @@ __global__ void __launch_bounds__(kUpdateThreads)
 
   if (a.skipped()) return;
   const bool absorbs = a.feature_mean != nullptr;
-  const A d = absorbs ? a.alpha() + sum_of(a.workspace.h_dot_k, product_blocks) : A(0);
+  const A d = absorbs ? alpha_of<A>(a.hyper) + sum_of(a.workspace.h_dot_k, product_blocks) : A(0);
   const RankOne<A> rank_one(d, a.hyper.forget);
   A norm = 1;
   if (rank_one.absorbed && a.hyper.normalize) norm = sqrt(sum_of(a.workspace.squares, update_blocks));
@@ -340,23 +334,8 @@ cudaError_t run(const Arguments<T>& a, cudaStream_t stream) {
 
 template <typename T>
 cudaError_t run(const HeadStep& step, const void* Z, void* workspace, cudaStream_t stream) {
-  using A = accumulate_t<T>;
-  const Arguments<T> a = {static_cast<T*>(step.weight),
-                          static_cast<const T*>(step.grad),
-                          static_cast<A*>(step.momentum_buffer),
-                          static_cast<A*>(step.projection.base),
-                          static_cast<const A*>(step.feature_mean),
-                          step.step,
-                          static_cast<const A*>(Z),
-                          static_cast<int>(step.C),
-                          static_cast<int>(step.s),
-                          step.hyper,
-                          step.grad_scale,
-                          step.found_inf,
-                          Workspace<A>(workspace, step.C, step.s)};
-  // Every row of P, G and h̄ then starts on a vector of its own type.
-  const bool aligned = step.s % kVector<A> == 0 && step.s % kVector<T> == 0 && is_vector_aligned(a.grad) &&
-                       is_vector_aligned(a.P) && is_vector_aligned(a.feature_mean);
+  const Arguments<T> a(step, Z, workspace);
+  const bool aligned = a.has_aligned_rows() && is_vector_aligned(a.P);
   return aligned ? run<T, true>(a, stream) : run<T, false>(a, stream);
 }
 
@@ -367,17 +346,7 @@ cudaError_t dispatch(const HeadStep& step, const void* Z, void* workspace, cudaS
       !is_vector_aligned(workspace) || (step.C > 0 && !has_weights) || (step.momentum_buffer && !step.step)) {
     return cudaErrorInvalidValue;
   }
-  switch (step.dtype) {
-    case DType::Float32:
-      return run<float>(step, Z, workspace, stream);
-    case DType::Float64:
-      return run<double>(step, Z, workspace, stream);
-    case DType::Float16:
-      return run<__half>(step, Z, workspace, stream);
-    case DType::BFloat16:
-      return run<__nv_bfloat16>(step, Z, workspace, stream);
-  }
-  return cudaErrorInvalidValue;
+  return for_type(step.dtype, [&](auto tag) { return run<typename decltype(tag)::Type>(step, Z, workspace, stream); });
 }
 
 }  // namespace

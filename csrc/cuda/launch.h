@@ -18,6 +18,7 @@ struct LaunchShape {
   unsigned threads;
   size_t shared_bytes = 0;   // dynamic shared memory of a block
   bool cooperative = false;  // all blocks resident at once, as grid_barrier() needs
+  bool chained = false;      // may begin before the last launch has ended: see wait_for_previous_launch()
 };
 
 /// Runs kernel(arguments...) on the stream.
@@ -25,15 +26,20 @@ template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), const LaunchShape& shape, cudaStream_t stream,
                    Arguments&&... arguments) {
   cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeCooperative;
-  attribute.val.cooperative = 1;
+  if (shape.cooperative) {
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+  } else {
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(shape.blocks);
   config.blockDim = dim3(shape.threads);
   config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = stream;
   config.attrs = &attribute;
-  config.numAttrs = shape.cooperative ? 1 : 0;
+  config.numAttrs = shape.cooperative || shape.chained ? 1 : 0;
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
   if (error != cudaSuccess) (void)cudaGetLastError();  // it is returned: a later, unrelated check must not find it
   return error;
@@ -43,6 +49,7 @@ cudaError_t launch(void (*kernel)(Parameters...), const LaunchShape& shape, cuda
 struct KernelLimits {
   size_t shared_bytes = 0;      // dynamic shared memory of a block
   int64_t resident_blocks = 0;  // of kThreads threads and shared_bytes each, on the whole device; 0: no grid barrier
+  bool can_chain = false;       // it was compiled for an architecture that can wait for the launch before
 };
 
 /// The limits of a kernel launched with at most kThreads threads. Asked once per device: a step must cost no queries.
@@ -78,6 +85,7 @@ cudaError_t kernel_limits(KernelLimits* limits) {
     if (error != cudaSuccess) return error;
     cache[device].shared_bytes = shared_bytes;
     cache[device].resident_blocks = cooperative ? int64_t{multiprocessors} * blocks : 0;
+    cache[device].can_chain = attributes.ptxVersion >= 90;
     known[device] = true;
   }
   *limits = cache[device];

@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "arguments.h"
+
 namespace mla_ext::cuda {
 
 template <typename T>
@@ -39,6 +41,28 @@ __device__ inline T from_accumulate(accumulate_t<T> x) {
   } else {
     return x;
   }
+}
+
+/// A type as a value.
+template <typename T>
+struct Tag {
+  using Type = T;
+};
+
+/// call(Tag<T>()) with the T of a dtype.
+template <typename Call>
+cudaError_t for_type(DType dtype, Call call) {
+  switch (dtype) {
+    case DType::Float32:
+      return call(Tag<float>());
+    case DType::Float64:
+      return call(Tag<double>());
+    case DType::Float16:
+      return call(Tag<__half>());
+    case DType::BFloat16:
+      return call(Tag<__nv_bfloat16>());
+  }
+  return cudaErrorInvalidValue;
 }
 
 constexpr int kWarp = 32;

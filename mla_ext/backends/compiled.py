@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _fakes, _library
+from ..checks import describe
 from ..projection import Projection
 from ..step import HeadStep
 from .base import Backend
@@ -32,7 +33,7 @@ class Compiled(Backend):
     def rls_update_(
         self, projection: Tensor, feature_mean: Tensor, alpha: float | Tensor, forget: float | Tensor, normalize: bool
     ) -> None:
-        _rls_update_(projection, feature_mean, float(alpha), float(forget), normalize)
+        _rls_update_(projection, feature_mean, _number("alpha", alpha), _number("forget", forget), normalize)
 
     def head_step_(self, step: HeadStep) -> None:
         hyper, P = step.hyper, step.projection
@@ -49,13 +50,13 @@ class Compiled(Backend):
             step.feature_mean,
             step.step,
             lr,
-            float(hyper.momentum),
-            float(hyper.dampening),
-            float(hyper.weight_decay),
+            _number("momentum", hyper.momentum),
+            _number("dampening", hyper.dampening),
+            _number("weight_decay", hyper.weight_decay),
             hyper.nesterov,
             hyper.maximize,
             alpha,
-            float(hyper.forget),
+            _number("forget", hyper.forget),
             hyper.absorb == "before",
             hyper.normalize,
             step.grad_scale,
@@ -71,6 +72,15 @@ class Compiled(Backend):
     def entropy_fusion(self, logits: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
         fused, weights = _entropy_fusion(logits, present)
         return fused, weights
+
+
+def _number(name: str, value: float | Tensor) -> float:
+    """A number on the host. One on a GPU has to be waited for, and a captured graph would keep its value of now."""
+    if isinstance(value, Tensor) and value.device.type != "cpu" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{name}: expected a number, or a tensor on the CPU, to capture a step; got {describe(value)}"
+        )
+    return float(value)
 
 
 def _number_or_tensor(value: float | Tensor, device: torch.device) -> tuple[float, Tensor | None]:

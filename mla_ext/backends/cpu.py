@@ -42,8 +42,12 @@ class Cpu(Compiled):
         return RANK if s > DENSE_UP_TO else None
 
     def step_(self, plain: list[PlainStep], heads: list[HeadStep]) -> bool:
+        if (
+            _step_ is None or torch._C._len_torch_dispatch_stack() > 0
+        ):  # whoever has a mode wants to see every operation
+            return False
         fma = add_is_fma()
-        return _step_ is not None and fma is not None and _step_(plain, heads, fma)
+        return fma is not None and _step_(plain, heads, fma)
 
     def feature_mean_(self, features: Tensor, mean: Tensor) -> int:
         return 0 if _feature_mean_ is None else _feature_mean_(features, mean)

@@ -5,11 +5,16 @@ from __future__ import annotations
 import torch
 
 from .. import _library
-from ..step import HeadStep
+from ..projection import Projection
+from .base import Backend
 from .compiled import Compiled
-from .reference import Reference
 
 __all__ = ["Cuda"]
+
+# A prediction from bytes and launches, not measured: a dense P this large is one launch of a few microseconds on chip,
+# and the four launches of the rank form take as long at any s.
+DENSE_UP_TO = 1024
+RANK = 64
 
 
 class Cuda(Compiled):
@@ -21,7 +26,8 @@ class Cuda(Compiled):
             return _library.cuda_load_error
         return "its kernels read GPU memory" if torch.cuda.is_available() else "no CUDA device is available here"
 
-    def head_step_(self, step: HeadStep) -> None:
-        if step.projection.base is None:  # the rank form, which the kernels cannot do yet
-            return Reference().head_step_(step)
-        super().head_step_(step)
+    def rank(self, s: int) -> int | None:
+        return RANK if s > DENSE_UP_TO else None
+
+    def settle_(self, projection: Projection) -> None:
+        Backend.settle_(self, projection)  # only a P that was on a CPU before has rows: torch folds them, once

@@ -14,9 +14,12 @@ from torch import Tensor
 
 from ..step import HeadStep
 from .base import Backend
-from .reference import Reference
 
 __all__ = ["Triton"]
+
+# Where the rank form costs less than a dense P, as benchmarks/speed/time_model.py predicts it. Not measured.
+DENSE_UP_TO = 2048
+RANK = 64
 
 
 class Triton(Backend):
@@ -27,6 +30,9 @@ class Triton(Backend):
         if device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
             return "Triton compiles for GPUs; for tests its interpreter, TRITON_INTERPRET=1, takes CPU tensors too"
         return _unusable(device.type)
+
+    def rank(self, s: int) -> int | None:
+        return RANK if s > DENSE_UP_TO else None
 
     def feature_mean(self, features: Tensor) -> Tensor:
         from .. import triton_kernels
@@ -43,13 +49,15 @@ class Triton(Backend):
     def head_step_(self, step: HeadStep) -> None:
         from .. import triton_kernels
 
-        if step.projection.base is None:  # the rank form, which the kernels cannot do yet
-            return Reference().head_step_(step)
+        P = step.projection
+        if P.base is None:
+            return triton_kernels.rank_step_(step)
+        self.settle_(P)  # rows may wait for it from another backend
         triton_kernels.head_step_(
             step.weight,
             step.grad,
             step.momentum_buffer,
-            step.projection.base,
+            P.base,
             step.feature_mean,
             step.step,
             step.hyper,

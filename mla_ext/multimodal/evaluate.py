@@ -120,7 +120,7 @@ def score_split(model: MultimodalModel, loader: Loader, split: str, batch_size: 
     prediction = _predict(model, loader, indices, batch_size, precision)
     labels = data.labels[indices]
     fused = "joint" if "joint" in prediction.fusions else "entropy"
-    loss = F.cross_entropy(prediction.fusions[fused], labels.to(prediction.weights.device)).double()
+    loss = F.cross_entropy(prediction.fusions[fused], labels.to(prediction.weights.device, non_blocking=True)).double()
     logits = [*prediction.unimodal, *prediction.fusions.values()]
     # One copy to the host. Classes are exact in float64.
     host = torch.cat([*(values.argmax(dim=-1).double() for values in logits), loss.reshape(1)]).cpu()

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 
 __all__ = ["explained"]
 
@@ -23,6 +24,9 @@ def explained(where: str) -> Iterator[None]:
     except MemoryError as error:
         raise MemoryError(f"{where}: out of memory: {_SMALLER}") from error
     except RuntimeError as error:
+        of_torch = type(error) is RuntimeError or (dist.is_available() and isinstance(error, dist.DistError))
+        if not of_torch:
+            raise
         text = str(error)
         if "can't allocate memory" in text:  # of torch, on a CPU
             raise MemoryError(f"{where}: out of memory: {_SMALLER}") from error

@@ -80,8 +80,8 @@ def entropy_fusion_kernel(
     # λ = softmax(−entropy) over the modalities that are there; 0 for all where none is.
     certainty = tl.where(here, tl.exp(tl.min(entropies, axis=1)[:, None] - entropies), 0.0)
     total = tl.sum(certainty, axis=1)[:, None]
-    lambdas = tl.where(here, certainty / tl.where(total == 0, 1.0, total), 0.0)
-    tl.store(weights + pairs, lambdas, inside)
+    own_weights = tl.where(here, certainty / tl.where(total == 0, 1.0, total), 0.0)
+    tl.store(weights + pairs, own_weights, inside)
 
     for first in range(0, C, BLOCK_C):
         classes = first + tl.arange(0, BLOCK_C)
@@ -91,7 +91,7 @@ def entropy_fusion_kernel(
             has_m = tl.max(chosen.to(tl.int32), axis=1) > 0
             mask = has_m[:, None] & (classes < C)[None, :]
             x = load_logits(logits, m, samples, classes, N, C, mask, 0.0, dtype)
-            sums += tl.sum(tl.where(chosen, lambdas, 0.0), axis=1)[:, None] * x
+            sums += tl.sum(tl.where(chosen, own_weights, 0.0), axis=1)[:, None] * x
         mask = (samples < N)[:, None] & (classes < C)[None, :]
         tl.store(fused + samples[:, None] * C + classes[None, :], sums, mask)
 

@@ -2,9 +2,10 @@
 
 Launches, each a kernel of this file: `product` makes k = P h̄, parts of h̄ᵀk, and Z = G P, with which it steps the
 weights at once when the step projects with P_{t-1} ("after"). `finish` absorbs h̄ into P; otherwise ("before") further
-programs of it correct Z to G P_t and step the weights. Between them, only to normalize, `norm` sums the squares of the
-P that `finish` will make. Whichever of `product` and `finish` does not step the weights advances `step`, so that no
-program reads it in the launch that changes it. All sums run in a fixed order.
+programs of it correct Z to G P_t and step the weights. They do so too where torch.mm makes Z, as for many classes.
+Between them, only to normalize, `norm` sums the squares of the P that `finish` will make. Whichever of `product` and
+`finish` does not step the weights advances `step`, so that no program reads it in the launch that changes it. All sums
+run in a fixed order.
 """
 
 from __future__ import annotations
@@ -17,68 +18,27 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import Hyperparameters
-from .launch import number_or_pointer, on, read
+from .launch import numbers_or_pointers, on, read
+from .sgd import WEIGHT_COLUMNS, advance, is_skipped, read_forget, read_sgd, sgd, step_class
 
-__all__ = ["head_step_", "rls_update_"]
+__all__ = ["MM_FROM", "head_step_", "rls_update_"]
 
 # Of P that a program holds at a time: 8 or 16 a thread, which leaves room for the other operands.
 TILE = 2048
 # With 4 warps a float64 product spills registers.
 PRODUCT_WARPS = 8
+# Programs that fill a GPU: about as many as it has multiprocessors.
+PROGRAMS = 128
+# Up to so many classes, Z is summed class by class. tl.dot would fill its tile of 16 classes with zeros.
+SUMMED_CLASSES = 8
+# tl.dot needs at least 16 rows of P for a program, so from so many features on it fills a GPU.
+DOT_ROWS = 16
+DOT_FROM = PROGRAMS * DOT_ROWS
+# torch.mm makes Z from so many classes on, and wherever there are too many to sum and too few features for tl.dot.
+MM_FROM = 32
 # Rows of P that a program updates. Few, so that a P of 512 rows still occupies a GPU.
 UPDATE_ROWS = 4
 UPDATE_COLUMNS = TILE // UPDATE_ROWS
-WEIGHT_COLUMNS = 1024
-
-
-@triton.jit
-def is_skipped(found_inf):
-    skipped = False
-    if found_inf is not None:
-        skipped = tl.load(found_inf) != 0
-    return skipped
-
-
-@triton.jit
-def advance(step, is_chosen):
-    if is_chosen:  # one program of the launch
-        tl.store(step, tl.load(step) + 1)
-
-
-@triton.jit
-def sgd(
-    weight,
-    momentum_buffer,
-    offsets,
-    mask,
-    z,
-    grad_scale,
-    first_step,
-    lr,
-    momentum,
-    undamped,
-    weight_decay,
-    NESTEROV: tl.constexpr,
-    MAXIMIZE: tl.constexpr,
-):
-    """torch.optim.SGD on the elements at `offsets`, given their projected gradient z."""
-    g = z
-    if grad_scale is not None:
-        g = g / tl.load(grad_scale).to(z.dtype)
-    if MAXIMIZE:
-        g = -g
-    w = tl.load(weight + offsets, mask, other=0.0).to(z.dtype)
-    g += weight_decay * w
-    if momentum_buffer is not None:
-        old = tl.load(momentum_buffer + offsets, mask, other=0.0)
-        # The first buffer is the gradient itself; what is in memory then may be anything.
-        new = tl.where(first_step, g, momentum * old + undamped * g)
-        tl.store(momentum_buffer + offsets, new, mask)
-        if NESTEROV:
-            g += momentum * new
-        else:
-            g = new
-    tl.store(weight + offsets, w - lr * g, mask)
 
 
 @triton.jit
@@ -100,7 +60,7 @@ def frobenius_norm(squares, parts, PARTS: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def updated_tile(projection, k, rows, columns, s, sign, root, forget, dtype: tl.constexpr):
+def updated_tile(projection, k, rows, columns, s, sign, root, keep, forget, dtype: tl.constexpr):
     """(1−ρ)(P − sign(d) u uᵀ) + ρI on a tile, where it lies, and which of it exists."""
     offsets = rows.to(tl.int64)[:, None] * s + columns[None, :]
     mask = (rows < s)[:, None] & (columns < s)[None, :]
@@ -110,7 +70,7 @@ def updated_tile(projection, k, rows, columns, s, sign, root, forget, dtype: tl.
     # The same product at (i, j) and (j, i), so P stays symmetric to the last bit, contracted to an fma or not.
     P -= (sign * u_rows)[:, None] * u_columns[None, :]
     on_diagonal = rows[:, None] == columns[None, :]
-    P = P * tl.full((), 1.0 - forget, dtype) + tl.where(on_diagonal, tl.full((), forget, dtype), 0.0)
+    P = P * keep + tl.where(on_diagonal, forget, 0.0)
     return offsets, mask, P
 
 
@@ -132,11 +92,15 @@ def product_kernel(
     lr: tl.float64,
     lr_tensor,
     momentum: tl.float64,
-    undamped: tl.float64,
+    momentum_tensor,
+    dampening: tl.float64,
+    dampening_tensor,
     weight_decay: tl.float64,
+    weight_decay_tensor,
     NESTEROV: tl.constexpr,
     MAXIMIZE: tl.constexpr,
     PRECISION: tl.constexpr,
+    SUMMED: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_I: tl.constexpr,
@@ -145,11 +109,14 @@ def product_kernel(
     if is_skipped(found_inf):
         return
     if projected is not None:
-        advance(step, (tl.program_id(0) == 0) & (tl.program_id(1) == 0))
+        advance(step, tl.program_id(0) == 0)
     dtype: tl.constexpr = projection.dtype.element_ty
     rows = tl.program_id(0) * BLOCK_J + tl.arange(0, BLOCK_J)
-    classes = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    Z = tl.zeros((BLOCK_C, BLOCK_J), dtype)
+    classes = tl.arange(0, BLOCK_C)
+    if SUMMED:
+        class_products = tl.zeros((BLOCK_C, BLOCK_J, BLOCK_I), dtype)
+    else:
+        Z = tl.zeros((BLOCK_C, BLOCK_J), dtype)
     products = tl.zeros((BLOCK_J, BLOCK_I), dtype)
     for first in range(0, s, BLOCK_I):
         columns = first + tl.arange(0, BLOCK_I)
@@ -162,20 +129,35 @@ def product_kernel(
         if grad is not None:
             offsets = classes.to(tl.int64)[:, None] * s + columns[None, :]
             G = tl.load(grad + offsets, (classes < C)[:, None] & inside, other=0.0).to(dtype)
-            Z = tl.dot(G, tl.trans(P), Z, input_precision=PRECISION, out_dtype=dtype)
+            if SUMMED:
+                class_products += G[:, None, :] * P[None, :, :]
+            else:
+                Z = tl.dot(G, tl.trans(P), Z, input_precision=PRECISION, out_dtype=dtype)
 
     if feature_mean is not None:
         own_k = tl.sum(products, axis=1)
         own_part = tl.sum(own_k * tl.load(feature_mean + rows, rows < s, other=0.0))
-        if tl.program_id(1) == 0:
-            tl.store(k + rows, own_k, rows < s)
-            tl.store(mean_dot_k + tl.program_id(0), own_part)
+        tl.store(k + rows, own_k, rows < s)
+        tl.store(mean_dot_k + tl.program_id(0), own_part)
     if grad is not None:
+        if SUMMED:
+            Z = tl.sum(class_products, axis=2)
         offsets = classes.to(tl.int64)[:, None] * s + rows[None, :]
         mask = (classes < C)[:, None] & (rows < s)[None, :]
         if projected is not None:
             tl.store(projected + offsets, Z, mask)
         else:
+            rate, inertia, undamped, decay = read_sgd(
+                lr,
+                lr_tensor,
+                momentum,
+                momentum_tensor,
+                dampening,
+                dampening_tensor,
+                weight_decay,
+                weight_decay_tensor,
+                dtype,
+            )
             sgd(
                 weight,
                 momentum_buffer,
@@ -184,10 +166,10 @@ def product_kernel(
                 Z,
                 grad_scale,
                 tl.load(step) == 0,
-                read(lr, lr_tensor, dtype),
-                tl.full((), momentum, dtype),
-                tl.full((), undamped, dtype),
-                tl.full((), weight_decay, dtype),
+                rate,
+                inertia,
+                undamped,
+                decay,
                 NESTEROV,
                 MAXIMIZE,
             )
@@ -205,6 +187,7 @@ def norm_kernel(
     alpha: tl.float64,
     alpha_tensor,
     forget: tl.float64,
+    forget_tensor,
     PARTS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -213,77 +196,14 @@ def norm_kernel(
         return
     dtype: tl.constexpr = projection.dtype.element_ty
     _absorbed, sign, root = rank_one(mean_dot_k, parts, alpha, alpha_tensor, PARTS, dtype)
+    keep, rho = read_forget(forget, forget_tensor, dtype)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     sums = tl.zeros((ROWS, COLUMNS), dtype)
     for first in range(0, s, COLUMNS):
         columns = first + tl.arange(0, COLUMNS)
-        _offsets, mask, P = updated_tile(projection, k, rows, columns, s, sign, root, forget, dtype)
+        _offsets, mask, P = updated_tile(projection, k, rows, columns, s, sign, root, keep, rho, dtype)
         sums += tl.where(mask, P * P, 0.0)
     tl.store(squares + tl.program_id(0), tl.sum(sums))
-
-
-@triton.jit
-def step_class(
-    c,
-    weight,
-    grad,
-    momentum_buffer,
-    grad_scale,
-    projected,
-    k,
-    squares,
-    square_parts,
-    s,
-    first_step,
-    absorbed,
-    sign,
-    root,
-    lr,
-    momentum,
-    undamped,
-    weight_decay,
-    keep,
-    forget,
-    NESTEROV: tl.constexpr,
-    MAXIMIZE: tl.constexpr,
-    SQUARE_PARTS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """Steps class c with G P_t = ((1−ρ)(Z − sign(d) (G u) uᵀ) + ρG) / ‖P_t‖, from Z = G P_{t-1}."""
-    dtype: tl.constexpr = projected.dtype.element_ty
-    start = c.to(tl.int64) * s
-    products = tl.zeros((COLUMNS,), dtype)
-    for first in range(0, s, COLUMNS):
-        columns = first + tl.arange(0, COLUMNS)
-        u = tl.load(k + columns, columns < s, other=0.0) / root
-        products += tl.load(grad + start + columns, columns < s, other=0.0).to(dtype) * u
-    grad_dot_u = sign * tl.sum(products)
-
-    norm = frobenius_norm(squares, square_parts, SQUARE_PARTS, dtype)
-    for first in range(0, s, COLUMNS):
-        columns = first + tl.arange(0, COLUMNS)
-        mask = columns < s
-        G = tl.load(grad + start + columns, mask, other=0.0).to(dtype)
-        Z = tl.load(projected + start + columns, mask, other=0.0)
-        u = tl.load(k + columns, mask, other=0.0) / root
-        corrected = (Z - grad_dot_u * u) * keep + forget * G
-        if squares is not None:
-            corrected = corrected / norm
-        sgd(
-            weight,
-            momentum_buffer,
-            start + columns,
-            mask,
-            tl.where(absorbed, corrected, Z),
-            grad_scale,
-            first_step,
-            lr,
-            momentum,
-            undamped,
-            weight_decay,
-            NESTEROV,
-            MAXIMIZE,
-        )
 
 
 @triton.jit
@@ -305,13 +225,18 @@ def finish_kernel(
     lr: tl.float64,
     lr_tensor,
     momentum: tl.float64,
-    undamped: tl.float64,
+    momentum_tensor,
+    dampening: tl.float64,
+    dampening_tensor,
     weight_decay: tl.float64,
+    weight_decay_tensor,
     alpha: tl.float64,
     alpha_tensor,
     forget: tl.float64,
+    forget_tensor,
     NESTEROV: tl.constexpr,
     MAXIMIZE: tl.constexpr,
+    CORRECT: tl.constexpr,
     PARTS: tl.constexpr,
     ROW_PARTS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -325,46 +250,60 @@ def finish_kernel(
     program = tl.program_id(0)
     if step is not None and projected is None:
         advance(step, program == 0)
+    dtype: tl.constexpr = projection.dtype.element_ty
+    keep, rho = read_forget(forget, forget_tensor, dtype)
+    absorbed = False
+    sign = tl.full((), 1.0, dtype)
+    root = tl.full((), 1.0, dtype)
     if k is not None:
-        dtype: tl.constexpr = projection.dtype.element_ty
         absorbed, sign, root = rank_one(mean_dot_k, parts, alpha, alpha_tensor, PARTS, dtype)
-        if program < row_parts:
-            if absorbed:
-                norm = frobenius_norm(squares, row_parts, ROW_PARTS, dtype)
-                rows = program * ROWS + tl.arange(0, ROWS)
-                for first in range(0, s, COLUMNS):
-                    columns = first + tl.arange(0, COLUMNS)
-                    offsets, mask, P = updated_tile(projection, k, rows, columns, s, sign, root, forget, dtype)
-                    if squares is not None:
-                        P = P / norm
-                    tl.store(projection + offsets, P, mask)
-        elif projected is not None:
-            step_class(
-                program - row_parts,
-                weight,
-                grad,
-                momentum_buffer,
-                grad_scale,
-                projected,
-                k,
-                squares,
-                row_parts,
-                s,
-                tl.load(step) == 1,  # `product` has advanced it
-                absorbed,
-                sign,
-                root,
-                read(lr, lr_tensor, dtype),
-                tl.full((), momentum, dtype),
-                tl.full((), undamped, dtype),
-                tl.full((), weight_decay, dtype),
-                tl.full((), 1.0 - forget, dtype),
-                tl.full((), forget, dtype),
-                NESTEROV,
-                MAXIMIZE,
-                ROW_PARTS,
-                WEIGHT_COLUMNS,
-            )
+    norm = frobenius_norm(squares, row_parts, ROW_PARTS, dtype)
+    if program < row_parts:
+        if absorbed:
+            rows = program * ROWS + tl.arange(0, ROWS)
+            for first in range(0, s, COLUMNS):
+                columns = first + tl.arange(0, COLUMNS)
+                offsets, mask, P = updated_tile(projection, k, rows, columns, s, sign, root, keep, rho, dtype)
+                if squares is not None:
+                    P = P / norm
+                tl.store(projection + offsets, P, mask)
+    elif projected is not None:
+        rate, inertia, undamped, decay = read_sgd(
+            lr,
+            lr_tensor,
+            momentum,
+            momentum_tensor,
+            dampening,
+            dampening_tensor,
+            weight_decay,
+            weight_decay_tensor,
+            dtype,
+        )
+        step_class(
+            program - row_parts,
+            weight,
+            grad,
+            momentum_buffer,
+            grad_scale,
+            projected,
+            k,
+            s,
+            tl.load(step) == 1,  # `product` has advanced it
+            absorbed,
+            sign,
+            root,
+            norm,
+            rate,
+            inertia,
+            undamped,
+            decay,
+            keep,
+            rho,
+            CORRECT,
+            NESTEROV,
+            MAXIMIZE,
+            WEIGHT_COLUMNS,
+        )
 
 
 def product_precision() -> str:
@@ -374,6 +313,21 @@ def product_precision() -> str:
     except RuntimeError:  # the user set it through the newer interface, and torch refuses to answer in the older terms
         is_exact = torch.backends.cuda.matmul.fp32_precision != "tf32"
     return "ieee" if is_exact else "tf32"
+
+
+def product_by_mm(C: int, s: int) -> bool:
+    """Whether torch.mm makes Z."""
+    return C >= MM_FROM or (C > SUMMED_CLASSES and s < DOT_FROM)
+
+
+def product_tile(C: int, s: int, itemsize: int) -> tuple[int, int, int]:
+    """Classes, rows and columns that a program of `product` holds at a time; C = 0: only k is made."""
+    if C > SUMMED_CLASSES:
+        return max(triton.next_power_of_2(C), 16), DOT_ROWS, TILE // DOT_ROWS
+    BLOCK_C = triton.next_power_of_2(max(C, 1))
+    BLOCK_J = min(max(triton.next_power_of_2(s // PROGRAMS), 4), 16)  # more read G less often
+    # A sum for each class and element of the tile: at most 64 registers of a thread.
+    return BLOCK_C, BLOCK_J, min(TILE, 64 * 32 * PRODUCT_WARPS // (BLOCK_C * itemsize // 4)) // BLOCK_J
 
 
 def head_step_(
@@ -387,34 +341,33 @@ def head_step_(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
-    """`backends.triton.head_step_`; without weight, grad and step it is the update of P alone."""
+    """`backends.triton.head_step_` with a dense P; without weight, grad and step it is the update of P alone."""
     s = len(projection)
     device = projection.device
     C = 0 if grad is None else len(grad)
     absorbs = feature_mean is not None
-    is_late = absorbs and grad is not None and hyper.absorb == "before"
+    corrects = absorbs and grad is not None and hyper.absorb == "before"
+    by_mm = product_by_mm(C, s)
+    is_late = corrects or by_mm
     like: dict[str, Any] = {"dtype": projection.dtype, "device": device}
 
-    # A square tile of Z: larger ones read P and G less often, but a few classes would leave them mostly empty.
-    BLOCK_C = BLOCK_J = min(max(triton.next_power_of_2(C), 16), 64)
-    parts, row_parts = triton.cdiv(s, BLOCK_J), triton.cdiv(s, UPDATE_ROWS)
+    BLOCK_C, BLOCK_J, BLOCK_I = product_tile(0 if by_mm else C, s, projection.itemsize)
+    parts, row_parts = triton.cdiv(s, BLOCK_J), triton.cdiv(s, UPDATE_ROWS) if absorbs else 0
     k = torch.empty(s, **like) if absorbs else None
     mean_dot_k = torch.empty(parts, **like) if absorbs else None
     squares = torch.empty(row_parts, **like) if absorbs and hyper.normalize else None
     projected = torch.empty(C, s, **like) if is_late else None
 
-    lr = number_or_pointer(hyper.lr, device)
-    alpha = number_or_pointer(hyper.alpha, device)
-    sgd_numbers = (*lr, float(hyper.momentum), 1.0 - float(hyper.dampening), float(hyper.weight_decay))
-    rls_numbers = (*alpha, float(hyper.forget))
+    sgd_numbers = numbers_or_pointers(device, hyper.lr, hyper.momentum, hyper.dampening, hyper.weight_decay)
+    rls_numbers = numbers_or_pointers(device, hyper.alpha, hyper.forget)
     flags = (hyper.nesterov, hyper.maximize)
-    PARTS, ROW_PARTS = triton.next_power_of_2(parts), triton.next_power_of_2(row_parts)
+    PARTS, ROW_PARTS = triton.next_power_of_2(parts), triton.next_power_of_2(max(row_parts, 1))
 
     with on(device):
         if absorbs or grad is not None:
-            product_kernel[(parts, max(1, triton.cdiv(C, BLOCK_C)))](
+            product_kernel[(parts if absorbs or not by_mm else 1,)](
                 weight,
-                grad,
+                None if by_mm else grad,
                 momentum_buffer,
                 projection,
                 feature_mean,
@@ -429,11 +382,15 @@ def head_step_(
                 *sgd_numbers,
                 *flags,
                 product_precision(),
+                C <= SUMMED_CLASSES,
                 BLOCK_C,
                 BLOCK_J,
-                TILE // BLOCK_J,
+                BLOCK_I,
                 num_warps=PRODUCT_WARPS,
             )
+        if by_mm:
+            assert grad is not None
+            torch.mm(grad.to(projection.dtype), projection, out=projected)
         if squares is not None:
             norm_kernel[(row_parts,)](
                 projection,
@@ -448,7 +405,7 @@ def head_step_(
                 UPDATE_ROWS,
                 UPDATE_COLUMNS,
             )
-        finish_kernel[((row_parts if absorbs else 1) + (C if is_late else 0),)](
+        finish_kernel[(max(row_parts + (C if is_late else 0), 1),)](
             *((weight, grad, momentum_buffer, grad_scale) if is_late else (None, None, None, None)),
             projection,
             step,
@@ -463,6 +420,7 @@ def head_step_(
             *sgd_numbers,
             *rls_numbers,
             *flags,
+            corrects,
             PARTS,
             ROW_PARTS,
             UPDATE_ROWS,

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["number_or_pointer", "on", "read"]
+__all__ = ["numbers_or_pointers", "on", "read"]
 
 
 @triton.jit
@@ -21,11 +21,16 @@ def read(value, pointer, dtype: tl.constexpr):
     return number
 
 
-def number_or_pointer(value: float | Tensor, device: torch.device) -> tuple[float, Tensor | None]:
-    """`value` and `pointer` of `read`. A tensor on `device` is read there; one on the CPU here, where that is free."""
-    if not isinstance(value, Tensor):
-        return float(value), None
-    return (0.0, value) if value.device == device else (value.item(), None)
+def numbers_or_pointers(device: torch.device, *values: float | Tensor) -> list[float | Tensor | None]:
+    """`value` and `pointer` of `read`, for each. A tensor on `device` is read there, so that nothing here waits for it
+    and a captured graph sees it change; one on the CPU is read here, where that is free."""
+    pairs: list[float | Tensor | None] = []
+    for value in values:
+        if not isinstance(value, Tensor):
+            pairs += [float(value), None]
+        else:
+            pairs += [0.0, value] if value.device == device else [value.item(), None]
+    return pairs
 
 
 def on(device: torch.device) -> AbstractContextManager[object]:

@@ -13,6 +13,7 @@
 #include "entropy_fusion.h"
 #include "feature_mean.h"
 #include "head_step.h"
+#include "rank_step.h"
 #include "recorder.h"
 
 using namespace mla_ext;
@@ -79,7 +80,7 @@ Array part(const std::vector<Array>& arrays, int number, int64_t t, int64_t step
 const float* as_float(const Array& array) { return reinterpret_cast<const float*>(array.data); }
 
 /// Several steps in a row. Arrays: weight, momentum_buffer, P, step; then, with one for each step: grad, h̄, lr, alpha,
-/// grad_scale, found_inf, Z; and K, which the CUDA kernels do not take.
+/// grad_scale, found_inf, Z; then K, beta and count: with a beta P is in the rank form.
 cudaError_t head_steps(const std::vector<int64_t>& n, const std::vector<double>& x, const std::vector<Array>& a) {
   HeadStep step = {};
   step.dtype = static_cast<DType>(n[0]);
@@ -87,8 +88,7 @@ cudaError_t head_steps(const std::vector<int64_t>& n, const std::vector<double>&
   step.s = n[2];
   step.weight = a[0].data;
   step.momentum_buffer = a[1].data;
-  step.projection.base = a[2].data;
-  step.projection.rows = a[11].data;
+  step.projection = {a[2].data, a[12].data, a[11].data, reinterpret_cast<int64_t*>(a[13].data), n[9]};
   step.step = reinterpret_cast<float*>(a[3].data);
   step.hyper.nesterov = n[4];
   step.hyper.maximize = n[5];
@@ -103,7 +103,9 @@ cudaError_t head_steps(const std::vector<int64_t>& n, const std::vector<double>&
   const int64_t steps = n[3];
   const size_t grad_offset = static_cast<size_t>(n[8]);
   for (int64_t t = 0; t < steps; ++t) {
-    const Array workspace(head_step_workspace_bytes(step.dtype, step.C, step.s), 0, emulation::kWorkspace);
+    const size_t bytes =
+        a[12].data ? rank_step_workspace_bytes(step) : head_step_workspace_bytes(step.dtype, step.C, step.s);
+    const Array workspace(bytes, 0, emulation::kWorkspace);
     const Array grad = part(a, 4, t, steps, grad_offset), mean = part(a, 5, t, steps), lr = part(a, 6, t, steps);
     const Array alpha = part(a, 7, t, steps), scale = part(a, 8, t, steps), inf = part(a, 9, t, steps);
     const Array Z = part(a, 10, t, steps);
@@ -113,8 +115,9 @@ cudaError_t head_steps(const std::vector<int64_t>& n, const std::vector<double>&
     step.hyper.alpha_tensor = as_float(alpha);
     step.grad_scale = as_float(scale);
     step.found_inf = as_float(inf);
-    const cudaError_t error =
-        Z.data ? head_step_projected(step, Z.data, workspace.data, nullptr) : head_step(step, workspace.data, nullptr);
+    const cudaError_t error = a[12].data ? rank_step(step, workspace.data, nullptr)
+                              : Z.data   ? head_step_projected(step, Z.data, workspace.data, nullptr)
+                                         : head_step(step, workspace.data, nullptr);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;

@@ -109,6 +109,7 @@ struct Fibre {
   Block* block = nullptr;
   unsigned thread = 0;
   unsigned exchanges = 0;
+  bool in_order = true;                     // after all launches before: a chained one has to wait for that
   std::deque<std::vector<Copy>> copies{1};  // committed groups, then the open one
 };
 
@@ -215,6 +216,7 @@ void fibre_main() {
   __sanitizer_finish_switch_fiber(nullptr, launcher.stack ? nullptr : &launcher.stack,
                                   launcher.stack ? nullptr : &launcher.stack_bytes);
   current_kernel.call(current_kernel.arguments);
+  if (!current->in_order) fail("a thread of a chained launch ended before the launch before it");
   Barrier& barrier = current->block->barrier;
   --barrier.expected;
   release_if_complete(barrier);
@@ -237,7 +239,7 @@ unsigned char* stack_of(size_t index) {
   return stacks[index];
 }
 
-void run_blocks(const unsigned* indices, size_t count, unsigned threads, size_t shared_bytes) {
+void run_blocks(const unsigned* indices, size_t count, unsigned threads, size_t shared_bytes, bool chained) {
   std::vector<Block> blocks(count);
   std::vector<Fibre> fibres(count * threads);
   for (size_t b = 0; b < count; ++b) {
@@ -261,6 +263,7 @@ void run_blocks(const unsigned* indices, size_t count, unsigned threads, size_t 
       fibre.stack_bytes = kStackBytes;
       fibre.block = &block;
       fibre.thread = t;
+      fibre.in_order = !chained;
       // Stacks begin at different places in their pages, or they would all compete for the same lines of the cache.
       const size_t used = 64 * ((b * threads + t) % 251);
       // Six registers, then where the switch returns to: at a function's entry the stack is 8 bytes off alignment.
@@ -285,24 +288,27 @@ void use_device(int index, uint64_t seed) {
 
 int64_t launches() { return launch_count; }
 
-void run(dim3 grid_size, dim3 block_size, size_t shared_bytes, bool cooperative, Kernel kernel) {
-  gridDim = grid_size;
-  blockDim = block_size;
+void run(const cudaLaunchConfig_t& launch, bool cooperative, bool chained, Kernel kernel) {
+  const unsigned threads = launch.blockDim.x;
+  gridDim = launch.gridDim;
+  blockDim = launch.blockDim;
   current_kernel = kernel;
   ++launch_count;
-  std::vector<unsigned> order(grid_size.x);
-  for (unsigned i = 0; i < grid_size.x; ++i) order[i] = i;
+  std::vector<unsigned> order(gridDim.x);
+  for (unsigned i = 0; i < gridDim.x; ++i) order[i] = i;
   std::shuffle(order.begin(), order.end(), generator);
-  if (recorder) recorder->begin(grid_size.x, block_size.x);
-  const size_t resident = cooperative ? order.size() : std::max(1u, kResidentThreads / block_size.x);
+  if (recorder) recorder->begin(gridDim.x, threads);
+  const size_t resident = cooperative ? order.size() : std::max(1u, kResidentThreads / threads);
   for (size_t first = 0; first < order.size(); first += resident) {
-    run_blocks(&order[first], std::min(resident, order.size() - first), block_size.x, shared_bytes);
+    const size_t count = std::min(resident, order.size() - first);
+    run_blocks(&order[first], count, threads, launch.dynamicSmemBytes, chained);
   }
   if (recorder) recorder->end();
 }
 
 Running running_thread() {
-  return current == &launcher ? Running{} : Running{true, current->block->index.x, current->thread};
+  if (current == &launcher) return {};
+  return {true, current->block->index.x, current->thread, current->in_order};
 }
 
 Space space_of(const void* address) {
@@ -356,6 +362,7 @@ void wait_copies(size_t groups_left) {
 }  // namespace emulation
 
 namespace mla_ext::cuda {
+void wait_for_previous_launch() { emulation::current->in_order = true; }
 unsigned char* dynamic_shared_memory() { return emulation::current->block->dynamic_shared.get(); }
 }  // namespace mla_ext::cuda
 
@@ -378,6 +385,10 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
       break;
   }
   return cudaSuccess;
+}
+
+int emulated_architecture() {  // the first to chain launches has more shared memory than those before
+  return emulation::kDevices[emulation::device_index].shared_bytes > 200000 ? 90 : 80;
 }
 
 cudaError_t emulated_raise_shared_memory(const void* kernel, int bytes) {

@@ -2,6 +2,7 @@
 // below instead of its library. Prints a line of JSON for each launch: bytes and sectors of each array in global
 // memory, bytes and bank conflicts of shared memory, and what is wrong in some order of the threads:
 // - two threads access the same bytes, one of them writes, and no barrier lies between;
+// - a chained launch touches global memory before the launch before it has ended;
 // - bytes are used that an asynchronous copy may still be writing, or shared memory that nobody has written;
 // - an access lies outside of all arrays, or is not aligned to its size: then the program stops.
 //
@@ -205,6 +206,7 @@ class Recording final : public Recorder {
     const Moment now = moment(running);
     const bool shared = space == Space::kShared;
     const auto wrong = [&](const char* what) { wrong_.try_emplace(what, running); };
+    if (!running.in_order && !shared) wrong("before the previous launch has ended");
     for_granules(address, bytes, shared ? running.block : kNobody, [&](Granule& granule) {
       Moment& reader = granule.read;
       const bool after_reads = reader.ordered_before(now);

@@ -27,6 +27,7 @@ constexpr int kWorkspace = -1;
 struct Running {
   bool inside;  // a kernel; else in the code that launches
   unsigned block, thread;
+  bool in_order;  // all launches before have ended
 };
 Running running_thread();
 Space space_of(const void* address);  // as the running thread sees it

@@ -2,37 +2,31 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
+
+#include "arguments.h"
 
 namespace fuzz {
 
-enum class DType { Float32, Float64, BFloat16, Float16 };
+using mla_ext::DType;
+using mla_ext::HeadStep;
+using mla_ext::Hyperparameters;
 
-/// What operations.cpp has to know about the implementation.
-extern const bool takes_scalars_from_memory;    // lr, alpha, grad_scale and found_inf through pointers
+// What operations.cpp has to know about the implementation.
+extern const bool takes_strides;                // of features
+extern const bool takes_any_product;            // G P of a step that projects with P_t, too
 extern const int64_t largest_size, no_classes;  // no_classes: the smallest number of classes of a head step
 extern const int64_t variants;                  // instruction sets, or emulated devices
 
-struct RlsUpdate {
-  void* projection;
-  const void* feature_mean;
-  int64_t s;
-  double alpha, forget;
-  bool normalize;
-};
+/// Draws arguments from the input, runs an operation on them and compares; aborts where that finds something.
+class Input;
+using Target = void (*)(Input& input);
+extern const std::vector<Target> targets;
 
-struct HeadStep {
-  RlsUpdate rls;  // its feature_mean may be null
-  int64_t C;
-  void* weight;
-  const void* grad;
-  void* momentum_buffer;       // or null
-  const void* projected_grad;  // G P in the accumulate type, or null
-  float* step;
-  bool absorb_before, nesterov, maximize;
-  float grad_scale;
-  double lr, momentum, dampening, weight_decay;
-  bool scalars_from_memory, found_inf;
-};
+void try_feature_mean(Input& input);
+void try_rls_update(Input& input);
+void try_entropy_fusion(Input& input);
+void try_head_step(Input& input);
 
 struct EntropyFusion {
   const void* logits;
@@ -47,8 +41,9 @@ void use(int64_t variant, uint64_t seed);
 
 /// `stride`: elements from row to row.
 void feature_mean(DType dtype, const void* features, void* mean, int64_t N, int64_t s, int64_t stride);
-void rls_update(DType accumulate, const RlsUpdate& update);
-void head_step(DType dtype, const HeadStep& step);
+void rls_update(DType accumulate, void* base, const void* feature_mean, int64_t s, const Hyperparameters& hyper);
+/// `projected_grad`: G P in the accumulate type, or null.
+void head_step(const HeadStep& step, const void* projected_grad);
 void entropy_fusion(DType dtype, const EntropyFusion& fusion);
 
 }  // namespace fuzz

@@ -1,4 +1,6 @@
 // The CPU kernels of every instruction set that this machine runs, their work cut into pieces for up to three threads.
+#include "cpu.h"
+
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -6,8 +8,7 @@
 #include <thread>
 #include <vector>
 
-#include "backend.h"
-#include "cpu/kernels.h"
+#include "input.h"
 
 namespace mla_ext::cpu {
 namespace baseline {
@@ -25,8 +26,10 @@ namespace fuzz {
 
 namespace cpu = mla_ext::cpu;
 
-const bool takes_scalars_from_memory = false;
+const bool takes_strides = false, takes_any_product = false;
 const int64_t largest_size = 300, no_classes = 1, variants = 4;
+const std::vector<Target> targets = {try_feature_mean, try_rls_update, try_entropy_fusion, try_head_step,
+                                     try_rank_step,    try_compress,   try_eigen,          try_plain_sgd};
 
 namespace {
 
@@ -70,16 +73,11 @@ void use(int64_t variant, uint64_t seed) {
 }
 
 void feature_mean(DType dtype, const void* features, void* mean, int64_t N, int64_t s, int64_t) {
-  kernels->feature_mean(mla_ext::DType(dtype), features, mean, N, s, parallel_for);
+  kernels->feature_mean(dtype, features, mean, N, s, parallel_for);
 }
 
-void rls_update(DType accumulate, const RlsUpdate& update) {
-  mla_ext::Hyperparameters hyper;
-  hyper.alpha = update.alpha;
-  hyper.forget = update.forget;
-  hyper.normalize = update.normalize;
-  kernels->rls_update(mla_ext::DType(accumulate), update.projection, update.feature_mean, update.s, hyper,
-                      parallel_for);
+void rls_update(DType accumulate, void* base, const void* feature_mean, int64_t s, const Hyperparameters& hyper) {
+  kernels->rls_update(accumulate, base, feature_mean, s, hyper, parallel_for);
 }
 
 /// A product that is given rather than made.
@@ -94,42 +92,37 @@ struct Given {
   }
 };
 
-void head_step(DType dtype, const HeadStep& step) {
-  const int64_t s = step.rls.s;
-  const size_t element = mla_ext::accumulate_bytes(mla_ext::DType(dtype)), row = size_t(s) * element;
+void head_step(const HeadStep& step, const void* projected_grad) {
+  const Hyperparameters& hyper = step.hyper;
+  const size_t row = size_t(step.s) * mla_ext::accumulate_bytes(step.dtype);
   std::vector<unsigned char> projected(size_t(step.C + 1) * row, 0xff);
-  Given given{step.projected_grad, projected.data(), size_t(step.C) * row};
-  const cpu::Workspace workspace{projected.data(), step.projected_grad == nullptr ? nullptr : Given::copy, &given};
+  Given given{projected_grad, projected.data(), size_t(step.C) * row};
+  const cpu::Workspace workspace{projected.data(), projected_grad == nullptr ? nullptr : Given::copy, &given};
 
   // The update of P at once, or deferred and then made: both must end alike.
-  const bool may_defer =
-      step.rls.forget == 0 && !step.rls.normalize && !(step.absorb_before && step.projected_grad != nullptr);
+  const bool may_defer = hyper.forget == 0 && !hyper.normalize && !(hyper.absorb_before && projected_grad != nullptr);
   const int64_t capacity = may_defer ? int64_t(generator() % 4) : 0;
+  if (capacity == 0) return kernels->head_step(step, workspace, parallel_for);
   std::vector<unsigned char> rows(size_t(capacity) * row, 0xff);
   int64_t count = 0;
-  const mla_ext::Projection P{step.rls.projection, nullptr, capacity > 0 ? rows.data() : nullptr,
-                              capacity > 0 ? &count : nullptr, capacity};
-  mla_ext::Hyperparameters hyper;
-  hyper.lr = step.lr;
-  hyper.momentum = step.momentum;
-  hyper.dampening = step.dampening;
-  hyper.weight_decay = step.weight_decay;
-  hyper.alpha = step.rls.alpha;
-  hyper.forget = step.rls.forget;
-  hyper.nesterov = step.nesterov;
-  hyper.maximize = step.maximize;
-  hyper.absorb_before = step.absorb_before;
-  hyper.normalize = step.rls.normalize;
-  kernels->head_step({mla_ext::DType(dtype), step.C, s, step.weight, step.grad, step.momentum_buffer, P,
-                      step.rls.feature_mean, step.step, hyper, &step.grad_scale, nullptr},
-                     workspace, parallel_for);
-  if (capacity > 0)
-    kernels->settle(dtype == DType::Float64 ? mla_ext::DType::Float64 : mla_ext::DType::Float32, P, s, parallel_for);
+  HeadStep deferred = step;
+  deferred.projection.rows = rows.data();
+  deferred.projection.count = &count;
+  deferred.projection.capacity = capacity;
+  kernels->head_step(deferred, workspace, parallel_for);
+  settle(accumulate_type(step.dtype), deferred.projection, step.s);
 }
 
+void rank_step(const HeadStep& step) { kernels->head_step(step, {}, parallel_for); }
+
+void settle(DType accumulate, const mla_ext::Projection& P, int64_t s) {
+  kernels->settle(accumulate, P, s, parallel_for);
+}
+
+void plain_sgd(const cpu::PlainSgd& step) { kernels->plain_sgd(step, parallel_for); }
+
 void entropy_fusion(DType dtype, const EntropyFusion& f) {
-  kernels->entropy_fusion(mla_ext::DType(dtype), {f.logits, f.present, f.fused, f.weights, f.M, f.N, f.C},
-                          parallel_for);
+  kernels->entropy_fusion(dtype, {f.logits, f.present, f.fused, f.weights, f.M, f.N, f.C}, parallel_for);
 }
 
 }  // namespace fuzz

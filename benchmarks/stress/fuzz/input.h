@@ -162,4 +162,12 @@ class Numbers {
   std::normal_distribution<double> normal_;
 };
 
+inline DType any_dtype(Input& input) { return DType(input.below(4)); }
+
+inline Array numbers(Input& input, DType dtype, int64_t count) {
+  Array array(dtype, count, input.below(4));
+  Numbers(input).fill(array, dtype);
+  return array;
+}
+
 }  // namespace fuzz

@@ -30,7 +30,7 @@ int main(int argc, char** argv) {
   while (inputs != most && (most > 0 || std::chrono::steady_clock::now() < end)) {
     current = first + inputs++;
     std::mt19937_64 generator(static_cast<uint64_t>(current));
-    std::vector<uint8_t> bytes(64);
+    std::vector<uint8_t> bytes(96);
     for (uint8_t& byte : bytes) byte = static_cast<uint8_t>(generator());
     LLVMFuzzerTestOneInput(bytes.data(), bytes.size());
   }

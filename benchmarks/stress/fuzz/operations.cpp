@@ -1,66 +1,12 @@
 // The fuzz target: the bytes say which operation, of what sizes, with which options and values; the result is compared
 // with a plain loop in long double, to within the bound that the loop itself gives (bounded.h).
-#include <cstdio>
-#include <cstdlib>
 #include <memory>
-#include <string>
 #include <vector>
 
-#include "backend.h"
-#include "bounded.h"
-#include "input.h"
+#include "head.h"
 
 namespace fuzz {
 namespace {
-
-/// Says at the end of the program what has been compared.
-struct Tally {
-  long long inputs = 0, compared = 0, unknown = 0;
-
-  ~Tally() {
-    std::printf("%lld inputs, %lld numbers compared, %lld left open by overflow or cancellation\n", inputs, compared,
-                unknown);
-  }
-} tally;
-
-std::string described;  // this input
-
-[[noreturn]] void fail(const char* what, int64_t index, long double got, Bounded expected) {
-  std::fprintf(stderr, "%s[%lld]: got %.9Lg, expected %.9Lg within %.3Lg\n%s\n", what, (long long)index, got,
-               expected.value, expected.error, described.c_str());
-  std::abort();
-}
-
-void check(const char* what, const Array& array, int64_t i, Bounded expected, DType dtype) {
-  const Precision storage = format_of(dtype).precision();
-  const long double got = array.get(i), magnitude = std::fabs(expected.value);
-  if (!expected.is_known()) {
-    ++tally.unknown;
-    return;
-  }
-  ++tally.compared;
-  const bool finite = std::isfinite(got);
-  const long double bound = expected.error + storage.epsilon * magnitude + storage.tiny;
-  const bool may_overflow = !(magnitude + bound <= storage.largest);
-  const bool right = !std::isfinite(expected.value) ? !finite
-                     : finite                       ? std::fabs(got - expected.value) <= bound
-                                                    : may_overflow;
-  if (!right) fail(what, i, got, {expected.value, bound});
-}
-
-void check_same_bits(const char* what, const Array& now, const Array& before) {
-  if (now.has_same_bits(before)) return;
-  std::fprintf(stderr, "%s: changed, and should not have\n%s\n", what, described.c_str());
-  std::abort();
-}
-
-DType any_dtype(Input& input) { return DType(input.below(4)); }
-
-Array numbers(Input& input, DType dtype, int64_t count) {
-  Array array(dtype, count, input.below(4));
-  Numbers(input).fill(array, dtype);
-  return array;
-}
 
 /// Symmetric: the identity, or positive semidefinite (I − u uᵀ), or of any numbers.
 Array projection(Input& input, DType dtype, int64_t s) {
@@ -94,16 +40,10 @@ void check_symmetric(const Array& P, int64_t s) {
   }
 }
 
-/// A step's hyperparameters, as numbers of the accumulate type.
-struct Absorption {
-  double alpha, forget;
-  bool normalize;
-};
-
 /// P after it has absorbed h̄, and what that makes of a row G of the gradient.
 class Absorbed {
  public:
-  Absorbed(const Array& P, const Array& h, int64_t s, const Absorption& options)
+  Absorbed(const Array& P, const Array& h, int64_t s, const Hyperparameters& options)
       : P_(P),
         s_(s),
         k_(size_t(s)),
@@ -138,10 +78,11 @@ class Absorbed {
     return normalizes_ ? p / norm_ : p;
   }
 
-  /// G P_t as G P − (G u) uᵀ: to make P_t first, as the CPU does, is within its bound.
+  /// G P_t as G P − (G u) uᵀ. To make P_t first, as the CPU does, is within its bound, given that its elements round to
+  /// multiples of the smallest number.
   Bounded project(const std::vector<Bounded>& G, Bounded along_u, int64_t j) const {
     const auto row = [&](int64_t i) { return G[size_t(i)]; };
-    const Bounded z = dot(s_, row, [&](int64_t i) { return before(i, j); });
+    const Bounded z = dot(s_, row, [&](int64_t i) { return Bounded{before(i, j).value, precision.tiny}; });
     const Bounded kept = keep_ * (z - sign() * (along_u * u_[size_t(j)])) + forget_ * row(j);
     return normalizes_ ? kept / norm_ : kept;
   }
@@ -176,13 +117,14 @@ void check_projection(const Array& now, const Array& before, const Absorbed& abs
   }
 }
 
+}  // namespace
+
 void try_feature_mean(Input& input) {
   const DType dtype = any_dtype(input), accumulate = accumulate_type(dtype);
   const int64_t N = input.size(2 * largest_size), s = input.size(largest_size);
-  const int64_t stride = s + (takes_scalars_from_memory ? input.below(3) : 0);
+  const int64_t stride = s + (takes_strides ? input.below(3) : 0);
   precision = format_of(accumulate).precision();
-  described =
-      "feature_mean N " + std::to_string(N) + " s " + std::to_string(s) + " dtype " + std::to_string(int(dtype));
+  described = "feature_mean " + words("N", N, "s", s, "dtype", int(dtype));
   // The last row ends with the last element: nothing beyond it may be read.
   Array features = numbers(input, dtype, (N - 1) * stride + s), mean(accumulate, s, input.below(4));
   const Array before = features;
@@ -199,116 +141,59 @@ void try_rls_update(Input& input) {
   const DType dtype = input.flag() ? DType::Float64 : DType::Float32;
   const int64_t s = input.size(largest_size);
   precision = format_of(dtype).precision();
-  const Absorption options = {input.number({0.1, 1e-6, 1e6}), input.number({0, 1e-3, 1}), input.flag()};
-  described = "rls_update s " + std::to_string(s) + " dtype " + std::to_string(int(dtype)) + " alpha " +
-              std::to_string(options.alpha) + " forget " + std::to_string(options.forget) + " normalize " +
-              std::to_string(options.normalize);
+  Hyperparameters hyper;
+  hyper.alpha = input.number({0.1, 1e-6, 1e6});
+  hyper.forget = input.number({0, 1e-3, 1});
+  hyper.normalize = input.flag();
+  described = "rls_update " + words("s", s, "dtype", int(dtype), "alpha", hyper.alpha, "forget", hyper.forget,
+                                    "normalize", hyper.normalize);
   Array P = projection(input, dtype, s), h = numbers(input, dtype, s);
   const Array before = P, mean = h;
-  rls_update(dtype, {P.data(), h.data(), s, options.alpha, options.forget, options.normalize});
+  rls_update(dtype, P.data(), h.data(), s, hyper);
   check_same_bits("feature_mean", h, mean);
-  check_projection(P, before, Absorbed(before, mean, s, options), s, dtype);
+  check_projection(P, before, Absorbed(before, mean, s, hyper), s, dtype);
 }
 
 void try_head_step(Input& input) {
-  const DType dtype = any_dtype(input), accumulate = accumulate_type(dtype);
-  const int64_t s = input.size(largest_size), C = input.size(largest_size / 3) - 1 + (no_classes > 0);
-  precision = format_of(accumulate).precision();
-  const bool absorbs = input.below(8) != 0, has_momentum = input.flag(), is_first = input.flag();
-  HeadStep step = {};
-  step.rls.s = s;
-  step.C = C;
-  step.rls.alpha = input.number({0.1, 1e-6, 1e6});
-  step.rls.forget = input.number({0, 1e-3, 1});
-  step.rls.normalize = input.flag();
-  step.absorb_before = input.flag();
-  step.nesterov = input.flag();
-  step.maximize = input.flag();
-  step.lr = input.number({0.1, 0, 1e3});
-  step.momentum = has_momentum ? input.number({0.9, 0.5, 1}) : 0;
-  step.dampening = input.number({0, 0.3, 1});
-  step.weight_decay = input.number({0, 0.01, 1});
-  step.grad_scale = static_cast<float>(input.number({1, 1024, 65536}));
-  if (step.grad_scale == 0) step.grad_scale = 1;
-  step.scalars_from_memory = takes_scalars_from_memory && input.flag();
-  step.found_inf = step.scalars_from_memory && input.below(4) == 0;
-  if (step.scalars_from_memory) {
-    step.lr = static_cast<float>(step.lr);
-    step.rls.alpha = static_cast<float>(step.rls.alpha);
-  }
-  Array weight = numbers(input, dtype, C * s), grad = numbers(input, dtype, C * s);
-  Array buffer = has_momentum ? numbers(input, accumulate, C * s) : Array();
-  if (has_momentum && is_first) buffer = Array(accumulate, C * s);  // uninitialised
-  Array P = projection(input, accumulate, s), h = absorbs ? numbers(input, accumulate, s) : Array();
-  float steps = is_first ? 0 : 3;
-  Array given;
-  const bool is_given = input.below(4) == 0 && C > 0 && (takes_scalars_from_memory || !step.absorb_before || !absorbs);
+  Head head(input, largest_size, no_classes);
+  const int64_t C = head.C, s = head.s;
+  const DType accumulate = head.accumulate;
+  Array P = projection(input, accumulate, s), given;
+  const bool absorbs = head.absorbs, by_new = absorbs && head.hyper.absorb_before;
+  const bool is_given = input.below(4) == 0 && C > 0 && (takes_any_product || !by_new);
   if (is_given) {
     given = Array(accumulate, C * s);
     for (int64_t i = 0; i < C * s; ++i) {
       long double z = 0;
-      for (int64_t j = 0; j < s; ++j) z += grad.get(i / s * s + j) * P.get(j * s + i % s);
+      for (int64_t j = 0; j < s; ++j) z += head.grad.get(i / s * s + j) * P.get(j * s + i % s);
       given.set(i, z);
     }
   }
-  described = "head_step C " + std::to_string(C) + " s " + std::to_string(s) + " dtype " + std::to_string(int(dtype)) +
-              " absorbs " + std::to_string(absorbs) + " before " + std::to_string(step.absorb_before) + " given " +
-              std::to_string(is_given) + " first " + std::to_string(is_first) + " normalize " +
-              std::to_string(step.rls.normalize) + " found_inf " + std::to_string(step.found_inf) + " alpha " +
-              std::to_string(step.rls.alpha) + " forget " + std::to_string(step.rls.forget) + " lr " +
-              std::to_string(step.lr) + " momentum " + std::to_string(step.momentum);
-  const Array old_weight = weight, old_grad = grad, old_buffer = buffer, old_P = P, old_h = h;
-  step.rls.projection = P.data();
-  step.rls.feature_mean = h.data();
-  step.weight = weight.data();
-  step.grad = grad.data();
-  step.momentum_buffer = buffer.data();
-  step.projected_grad = given.data();
-  step.step = &steps;
-  head_step(dtype, step);
+  described = "head_step " + words("given", is_given) + head.words();
+  const Head before = head;
+  const Array old_P = P;
+  head_step(head.step({P.data(), nullptr, nullptr, nullptr, 0}), given.data());
 
-  check_same_bits("grad", grad, old_grad);
-  check_same_bits("feature_mean", h, old_h);
-  if (steps != (is_first ? 0 : 3) + (step.found_inf ? 0 : 1)) fail("step", 0, steps, {});
-  if (step.found_inf) {
-    check_same_bits("weight after an overflow", weight, old_weight);
-    check_same_bits("momentum_buffer after an overflow", buffer, old_buffer);
-    check_same_bits("P after an overflow", P, old_P);
-    return;
-  }
+  if (!head.check_unchanged(before)) return check_same_bits("P after an overflow", P, old_P);
   Array nothing(accumulate, s);
   if (!absorbs) check_same_bits("P, with nothing to absorb", P, old_P);
-  const Absorbed absorbed(old_P, absorbs ? old_h : nothing, s, {step.rls.alpha, step.rls.forget, step.rls.normalize});
+  const Absorbed absorbed(old_P, absorbs ? before.feature_mean : nothing, s, head.hyper);
   if (absorbs) check_projection(P, old_P, absorbed, s, accumulate);
 
-  const bool by_new = absorbs && step.absorb_before;
-  const Bounded lr = constant(step.lr), momentum = constant(step.momentum), decay = constant(step.weight_decay);
-  const Bounded undamped = constant(1 - step.dampening), scale{step.grad_scale, 0};
   for (int64_t c = 0; c < C; ++c) {
     std::vector<Bounded> G(static_cast<size_t>(s));
-    for (int64_t i = 0; i < s; ++i) G[size_t(i)] = {old_grad.get(c * s + i), 0};
+    for (int64_t i = 0; i < s; ++i) G[size_t(i)] = {before.grad.get(c * s + i), 0};
     const Bounded along_u = by_new ? absorbed.along_u(G) : Bounded{};
-    for (int64_t j = 0; j < s; ++j) {
-      const int64_t at = c * s + j;
-      Bounded z =
-          by_new && absorbed.is_known() && absorbed.happens()
-              ? absorbed.project(G, along_u, j)
-              : dot(s, [&](int64_t i) { return G[size_t(i)]; }, [&](int64_t i) { return absorbed.before(i, j); });
+    head.check_row(before, c, [&](int64_t j) {
+      if (by_new && absorbed.is_known() && absorbed.happens()) return absorbed.project(G, along_u, j);
+      Bounded z = dot(s, [&](int64_t i) { return G[size_t(i)]; }, [&](int64_t i) { return absorbed.before(i, j); });
       if (by_new && !absorbed.is_known()) z.error = INFINITY;
-      z = z / scale;
-      if (step.maximize) z = -z;
-      const Bounded w{old_weight.get(at), 0}, g = z + decay * w;
-      Bounded v = g;
-      if (has_momentum) {
-        const Bounded old{is_first ? 0 : old_buffer.get(at), 0};
-        const Bounded b = is_first ? g : momentum * old + undamped * g;
-        check("momentum_buffer", buffer, at, b, accumulate);
-        v = step.nesterov ? g + momentum * b : b;
-      }
-      check("weight", weight, at, w - lr * v, dtype);
-    }
+      return z;
+    });
   }
 }
+
+namespace {
 
 struct Entropy {
   long double value, error;
@@ -331,12 +216,13 @@ Entropy entropy(const std::vector<long double>& x) {
   return {value, (4 * static_cast<long double>(x.size()) + 32) * precision.epsilon * terms + 1e-30L};
 }
 
+}  // namespace
+
 void try_entropy_fusion(Input& input) {
   const DType dtype = any_dtype(input), accumulate = accumulate_type(dtype);
   const int64_t M = input.size(6), N = input.size(40) - 1, C = input.size(2 * largest_size);
   precision = format_of(accumulate).precision();
-  described = "entropy_fusion M " + std::to_string(M) + " N " + std::to_string(N) + " C " + std::to_string(C) +
-              " dtype " + std::to_string(int(dtype));
+  described = "entropy_fusion " + words("M", M, "N", N, "C", C, "dtype", int(dtype));
   Array logits = numbers(input, dtype, M * N * C), fused(dtype, N * C, input.below(4)), weights(accumulate, M * N);
   const bool all = input.flag();
   std::mt19937 generator(input.byte());
@@ -378,26 +264,12 @@ void try_entropy_fusion(Input& input) {
   }
 }
 
-}  // namespace
-
 }  // namespace fuzz
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   fuzz::Input input(data, size);
   ++fuzz::tally.inputs;
   fuzz::use(input.below(unsigned(fuzz::variants)), input.byte());
-  switch (input.below(4)) {
-    case 0:
-      fuzz::try_feature_mean(input);
-      break;
-    case 1:
-      fuzz::try_rls_update(input);
-      break;
-    case 2:
-      fuzz::try_entropy_fusion(input);
-      break;
-    default:
-      fuzz::try_head_step(input);
-  }
+  fuzz::targets[size_t(input.below(unsigned(fuzz::targets.size())))](input);
   return 0;
 }

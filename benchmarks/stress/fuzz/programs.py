@@ -91,7 +91,7 @@ def build_cpu(
     ]
     if base is not None:
         return compiler.link([*objects, *base.glob("fuzz_*.o")], directory / "cpu", flags)
-    return _finish(directory, compiler, flags, "cpu", objects)
+    return _finish(directory, compiler, flags, ["cpu", "rank_form", "eigen", "plain_sgd"], objects)
 
 
 def build_cuda(directory: Path, compiler: Compiler, flags: Sequence[str]) -> Path:
@@ -100,13 +100,14 @@ def build_cuda(directory: Path, compiler: Compiler, flags: Sequence[str]) -> Pat
     flags = (*flags, f"-I{harness.HERE / 'include'}", f"-I{harness.KERNELS}", f"-I{harness.CSRC}", f"-I{HERE}")
     sources = [*harness.KERNELS.glob("*.cu"), harness.HERE / "emulation.cpp"]
     objects = [compiler.compile(source, directory / f"{source.stem}.o", flags) for source in sources]
-    return _finish(directory, compiler, flags, "cuda", objects)
+    return _finish(directory, compiler, flags, ["cuda"], objects)
 
 
-def _finish(directory: Path, compiler: Compiler, flags: Sequence[str], backend: str, objects: list[Path]) -> Path:
-    ours = [f"{backend}.cpp", "operations.cpp"] + ([] if compiler.guides else ["main.cpp"])
-    objects += [compiler.compile(HERE / name, directory / f"fuzz_{Path(name).stem}.o", flags) for name in ours]
-    return compiler.link(objects, directory / backend, flags)
+def _finish(directory: Path, compiler: Compiler, flags: Sequence[str], backend: list[str], objects: list[Path]) -> Path:
+    """`backend`: the sources of one backend alone, the first of which names the program."""
+    ours = [*backend, "operations"] + ([] if compiler.guides else ["main"])
+    objects += [compiler.compile(HERE / f"{name}.cpp", directory / f"fuzz_{name}.o", flags) for name in ours]
+    return compiler.link(objects, directory / backend[0], flags)
 
 
 def run_program(program: Path, seed: int, seconds: float = 0, inputs: int | None = None) -> str:
@@ -125,7 +126,7 @@ def run_guided(program: Path, seed: int, seconds: float) -> str:
     """libFuzzer, from the inputs that earlier runs found to reach new code; a find is written beside the program."""
     corpus = program.parent / f"corpus_{program.name}"
     corpus.mkdir(exist_ok=True)
-    limits = [f"-max_total_time={max(int(seconds), 1)}", "-max_len=64", "-rss_limit_mb=4096"]
+    limits = [f"-max_total_time={max(int(seconds), 1)}", "-max_len=96", "-rss_limit_mb=4096"]
     command = [program, corpus, *limits, f"-seed={seed + 1}", f"-artifact_prefix={program.parent}/"]
     environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)

@@ -18,11 +18,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from mla_ext import MultimodalData, ProjectedSGD, SharedHeadModel, fit, load_npz, ops
+from mla_ext import MultimodalData, ProjectedSGD, SharedHeadModel, _library, fit, load_npz, ops
 from mla_ext.multimodal import checkpoint
-from mla_ext.reference import Hyperparameters
+from mla_ext.projection import Projection
+from mla_ext.reference import Hyperparameters, accumulate_dtype
+from mla_ext.step import HeadStep, PlainStep
 
 ERRORS = (TypeError, ValueError, OSError, RuntimeError)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -89,7 +91,7 @@ def _call(function: Callable[..., Any], arguments: dict[str, Any], names: tuple[
     try:
         function(**arguments)
     except ERRORS as error:
-        named = re.match(r"(\w+)", str(error))
+        named = re.match(r"(?:\w+_, \S+:\d+, )?(\w+)", str(error))  # a compiled op says first who and where it is
         known = {*arguments, *names, *(field.name for field in fields(Hyperparameters))}
         assert named and named[1] in known, f"{type(error).__name__} names no argument: {error}"
         return "refused"
@@ -120,21 +122,59 @@ def call_rls_update(rng: random.Random, folder: Path) -> str:
     return _call(ops.rls_update_, _spoil(rng, arguments) | options)
 
 
-def call_head_step(rng: random.Random, folder: Path) -> str:
+def _head(rng: random.Random) -> dict[str, Any]:
+    """The arguments of a head step, except P and the hyperparameters."""
     _, s, C = _sizes(rng)
     dtype = rng.choice(DTYPES)
-    accumulate = torch.float64 if dtype == torch.float64 else torch.float32
-    arguments = {
+    accumulate = accumulate_dtype(dtype)
+    return {
         "weight": _tensor(rng, (C, s), dtype),
         "grad": _tensor(rng, (C, s), dtype),
         "momentum_buffer": _tensor(rng, (C, s), accumulate),
-        "projection": _tensor(rng, (s, s), accumulate),
         "feature_mean": rng.choice((None, _tensor(rng, (s,), accumulate))),
         "step": torch.tensor(float(rng.randrange(2))),
         "grad_scale": rng.choice((None, torch.tensor(8.0))),
         "found_inf": rng.choice((None, torch.tensor(float(rng.randrange(2))))),
     }
+
+
+def call_head_step(rng: random.Random, folder: Path) -> str:
+    arguments = _head(rng)
+    s = arguments["weight"].shape[1]
+    arguments["projection"] = _tensor(rng, (s, s), accumulate_dtype(arguments["weight"].dtype))
     return _call(ops.head_step_, _spoil(rng, arguments) | {"hyper": Hyperparameters(**_hyperparameters(rng))})
+
+
+def _bits(*values: Any) -> list[torch.Tensor]:
+    """What the tensors among the values hold, to compare."""
+    tensors = (value for value in values if isinstance(value, torch.Tensor) and value.layout == torch.strided)
+    return [
+        tensor.detach().flatten().clone(memory_format=torch.contiguous_format).view(torch.uint8)
+        for tensor in tensors
+        if not tensor.is_meta
+    ]
+
+
+def call_rank_step(rng: random.Random, folder: Path) -> str:
+    """A head step in the rank form. A refused one changes nothing."""
+    arguments = _head(rng)
+    s, accumulate = arguments["weight"].shape[1], accumulate_dtype(arguments["weight"].dtype)
+    capacity = rng.choice((1, 2, 3, 16, 65))
+    P = {
+        "base": None,
+        "beta": torch.tensor(rng.choice((1.0, 1.0, 0.5, 0.0, math.nan)), dtype=accumulate),
+        "rows": _tensor(rng, (capacity, s), accumulate),
+        "count": torch.tensor(rng.randrange(capacity)),
+    }
+    spoiled = _spoil(rng, arguments | P)
+    arguments = {name: spoiled[name] for name in arguments}
+    parts = {name: spoiled[name] for name in P}
+    before = _bits(*spoiled.values())
+    hyper = Hyperparameters(**_hyperparameters(rng))
+    outcome = _call(ops.head_step_, arguments | {"projection": Projection(**parts), "hyper": hyper}, tuple(parts))
+    if outcome == "refused":
+        assert all(map(torch.equal, before, _bits(*spoiled.values()))), "a refused step changed something"
+    return outcome
 
 
 def call_entropy_fusion(rng: random.Random, folder: Path) -> str:
@@ -154,13 +194,56 @@ def call_optimizer(rng: random.Random, folder: Path) -> str:
     def use(**options: Any) -> None:
         optimizer = ProjectedSGD(head.parameters(), **options)
         features = _tensor(rng, (3, s), head.weight.dtype) if rng.random() < 0.8 else _anything(rng)
-        optimizer.observe(head.weight, features)
-        grad = _tensor(rng, (C, s), head.weight.dtype)
-        head.weight.grad = grad.to_sparse() if rng.random() < 0.1 else grad
-        optimizer.step()
+        for _ in range(rng.choice((1, 1, 3))):
+            optimizer.observe(head.weight, features)
+            grad = _tensor(rng, (C, s), head.weight.dtype)
+            head.weight.grad = grad.to_sparse() if rng.random() < 0.1 else grad
+            optimizer.step()
         optimizer.projection(head.weight)
 
-    return _call(use, _hyperparameters(rng), ("weight", "features", "grad"))
+    options = _hyperparameters(rng) | {"rank": rng.choice(("auto", "auto", None, 2, 3, 64, 1, -1, 2.5, "x", True))}
+    return _call(use, options, ("weight", "features", "grad"))
+
+
+def call_step(rng: random.Random, folder: Path) -> str:
+    """The one call for a whole step. Where it takes not all of it, everything stays as it was."""
+    dtype, s, C = rng.choice(DTYPES[:2]), rng.choice((1, 3, 8)), rng.choice((1, 2, 40))
+    momentum = rng.choice((0.0, 0.9))
+    hyper = Hyperparameters(lr=0.1, momentum=momentum, weight_decay=rng.choice((0.0, 0.1)), forget=rng.choice((0, 0.5)))
+    shapes = [(rng.choice((0, 1, 7, 40000)),) for _ in range(rng.choice((0, 1, 3)))]
+    lists = [[_tensor(rng, shape, dtype) for shape in shapes] for _ in range(3)]
+    plain = PlainStep(*lists[:2], lists[2] if momentum else [], rng.random() < 0.5, hyper)
+    P = Projection.identity(s, rng.choice((None, 2, 5)), rng.choice((0, 4)), dtype, torch.device("cpu"))
+    weight, grad, buffer = (_tensor(rng, (C, s), dtype) for _ in range(3))
+    mean = _tensor(rng, (s,), dtype) if rng.random() < 0.8 else None
+    head = HeadStep(weight, grad, buffer if momentum else None, P, mean, torch.zeros(()), hyper)
+    owner: Any = rng.choice((plain, head, P))
+    name = rng.choice([*type(owner).__dataclass_fields__])
+    parts = [
+        weight,
+        grad,
+        buffer,
+        mean,
+        P.base,
+        P.beta,
+        P.rows,
+        P.count,
+        head.step,
+        *(t for part in lists for t in part),
+    ]
+    if rng.random() < 0.6:
+        spoiled = _anything(rng)
+        if isinstance(getattr(owner, name), list) and getattr(owner, name) and rng.random() < 0.7:
+            rng.choice((lists[0], lists[1]))[0] = spoiled
+        else:
+            setattr(owner, name, spoiled)
+        parts.append(spoiled)
+    values = [part for part in parts if isinstance(part, Tensor)]
+    before = _bits(*values)
+    done = _library.module.step([plain], [head], rng.random() < 0.5)
+    if not done:
+        assert all(map(torch.equal, before, _bits(*values))), "what was refused has changed"
+    return "returned" if done else "refused"
 
 
 def mutate(rng: random.Random, data: bytes) -> bytes:
@@ -263,6 +346,8 @@ TARGETS = {
     "feature_mean": call_feature_mean,
     "rls_update_": call_rls_update,
     "head_step_": call_head_step,
+    "rank form": call_rank_step,
+    "step": call_step,
     "entropy_fusion": call_entropy_fusion,
     "ProjectedSGD": call_optimizer,
     "load_npz": read_npz,

@@ -25,6 +25,8 @@ struct dim3 {
 };
 extern dim3 threadIdx, blockIdx, blockDim, gridDim;  // of the thread that runs now
 
+struct cudaLaunchConfig_t;
+
 namespace emulation {
 
 struct Device {
@@ -41,7 +43,7 @@ struct Kernel {
   void (*call)(const void* arguments);
   const void* arguments;
 };
-void run(dim3 grid, dim3 block, size_t shared_bytes, bool cooperative, Kernel kernel);
+void run(const cudaLaunchConfig_t& launch, bool cooperative, bool chained, Kernel kernel);
 const void* exchange(const void* value, size_t bytes, int source_lane_mask);
 void block_barrier();
 void grid_barrier();
@@ -83,7 +85,9 @@ inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 struct cudaFuncAttributes {
   size_t sharedSizeBytes;
+  int ptxVersion;
 };
+int emulated_architecture();
 cudaError_t emulated_raise_shared_memory(const void* kernel, int bytes);
 cudaError_t emulated_launch_check(const void* kernel, unsigned blocks, size_t shared_bytes, bool cooperative);
 cudaError_t emulated_occupancy(int* blocks, int threads, size_t shared_bytes);
@@ -91,6 +95,7 @@ cudaError_t emulated_occupancy(int* blocks, int threads, size_t shared_bytes);
 template <typename... P>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*)(P...)) {
   attributes->sharedSizeBytes = 1024;  // more than any kernel's own: the emulation does not know it
+  attributes->ptxVersion = emulated_architecture();
   return cudaSuccess;
 }
 template <typename... P>
@@ -102,11 +107,15 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void (*)(
   return emulated_occupancy(blocks, threads, shared);
 }
 
-enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative = 2 };
+enum cudaLaunchAttributeID {
+  cudaLaunchAttributeCooperative = 2,
+  cudaLaunchAttributeProgrammaticStreamSerialization = 6
+};
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
   struct {
     int cooperative;
+    int programmaticStreamSerializationAllowed;
   } val;
 };
 struct cudaLaunchConfig_t {
@@ -118,7 +127,8 @@ struct cudaLaunchConfig_t {
 };
 template <typename... P, typename... A>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...), A&&... arguments) {
-  const bool cooperative = config->numAttrs == 1 && config->attrs->val.cooperative;
+  const bool cooperative = config->numAttrs == 1 && config->attrs->id == cudaLaunchAttributeCooperative;
+  const bool chained = config->numAttrs == 1 && !cooperative;
   const cudaError_t error = emulated_launch_check(reinterpret_cast<const void*>(kernel), config->gridDim.x,
                                                   config->dynamicSmemBytes, cooperative);
   if (error != cudaSuccess) return error;
@@ -126,6 +136,6 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   const auto call = [=]() __attribute__((no_sanitize("thread"))) { kernel(static_cast<P>(arguments)...); };
   const auto call_it = [](const void* it)
                            __attribute__((no_sanitize("thread"))) { (*static_cast<decltype(call)*>(it))(); };
-  emulation::run(config->gridDim, config->blockDim, config->dynamicSmemBytes, cooperative, {call_it, &call});
+  emulation::run(*config, cooperative, chained, {call_it, &call});
   return cudaSuccess;
 }
