@@ -1,28 +1,13 @@
-"""How the pictures of all benchmarks look: a canvas of panels, its colours, and how it is saved."""
+"""What the pictures of benchmarks draw beside what those of training runs do."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from mla_ext.multimodal import checkpoint
+from mla_ext.multimodal.plots import COLORS, MUTED, STRONG, canvas, save
 
-COLORS = ("#2a6f97", "#d1495b", "#66a182", "#edae49", "#6d597a", "#8d99ae")
-MUTED, STRONG = "#a8b3bd", "#1d1d1f"
-
-
-def canvas(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
-    """A figure and its axes (rows, columns), each of `width` × `height` inches."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for ax in axes.flat:
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(color="#e3e6e8", linewidth=0.8)
-        ax.set_axisbelow(True)
-    return figure, axes
+__all__ = ["COLORS", "MUTED", "STRONG", "canvas", "line", "ratios", "save"]
 
 
 def line(ax: Any, points: Sequence[tuple[float, float]], **style: Any) -> None:
@@ -42,9 +27,3 @@ def ratios(
         )
     ax.axhline(1, color=STRONG, linewidth=0.8)
     ax.set_xticks([x + width * (len(heights) - 1) / 2 for x in range(len(labels))], labels)
-
-
-def save(figure: Any, path: Path) -> None:
-    """As a PNG, whole or not at all; its directory is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=110))

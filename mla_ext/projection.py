@@ -55,6 +55,21 @@ class Projection:
         used = torch.arange(len(self.rows), device=self.rows.device) < self.count
         return self.rows.where(used.unsqueeze(1), 0)
 
+    @property
+    def size(self) -> int:
+        """s."""
+        part = self.rows if self.base is None else self.base
+        assert part is not None
+        return part.shape[1]
+
+    def trace(self) -> Tensor:
+        """The sum of P's eigenvalues, 0-d."""
+        removed: Tensor | int = 0 if self.rows is None else self.used_rows().square().sum()
+        if self.base is not None:
+            return self.base.trace() - removed
+        assert self.beta is not None
+        return self.beta * self.size - removed
+
     def dense(self) -> Tensor:
         """P (s, s), symmetric to the last bit: a new tensor."""
         if self.base is not None and self.rows is None:

@@ -2,11 +2,12 @@ import json
 import subprocess
 import sys
 
+import helpers
 import numpy as np
 import pytest
 import torch
 
-from mla_ext.multimodal import cli, demo
+from mla_ext.multimodal import cli, commands, demo
 from mla_ext.multimodal.files import load_npz
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -15,19 +16,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
     """A tiny, learnable data file: a vector and an image."""
-    rng = np.random.default_rng(0)
-    y = np.arange(60) % 3
-    path = tmp_path_factory.mktemp("data") / "tiny.npz"
-    np.savez(
-        path,
-        modalities=np.array(["sound", "sight"]),
-        x_sound=(rng.normal(size=(3, 5))[y] + rng.normal(size=(60, 5))).astype(np.float32),
-        x_sight=(rng.normal(size=(3, 9, 9))[y] + rng.normal(size=(60, 9, 9))).astype(np.float32),
-        y=y,
-        classes=np.array(["one", "two", "three"]),
-        split=np.repeat([0, 1, 2], [36, 12, 12]).astype(np.int8),
-    )
-    return str(path)
+    return str(helpers.tiny_data(tmp_path_factory.mktemp("data") / "tiny.npz"))
 
 
 def error(capsys, *arguments):
@@ -44,12 +33,12 @@ def train(file, *arguments):
     return cli.main(["train", "--data", file, "--no-progress", *map(str, arguments)])
 
 
-@pytest.mark.parametrize("method", ["mla", "alternating", "concat"])
+@pytest.mark.parametrize("method", ["mla", "alternating", "concat", "late"])
 def test_train_then_evaluate_print_the_same_table(capsys, tmp_path, file, method):
     options = ["--method", method, "--epochs", 3, "--width", 8, "--seed", 1, "--missing", 0.2, "--out", tmp_path]
     assert train(file, *options) == 0
     trained = capsys.readouterr().out
-    rows = ["sound", "sight", "mean fusion", "entropy fusion"] + ["joint"] * (method == "concat")
+    rows = ["sound", "sight", "mean fusion", "entropy fusion"] + ["joint"] * (method in ("concat", "late"))
     assert [line.split("  ")[0] for line in trained.splitlines()[2:-1]] == rows
     report = json.loads((tmp_path / "report.json").read_text())
     assert (report["method"], report["epochs"], report["test"]["split"]) == (method, 3, "test")
@@ -199,7 +188,7 @@ def test_interrupting_says_how_to_go_on(capsys, monkeypatch, file):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "fit", interrupt)
+    monkeypatch.setattr(commands, "fit", interrupt)
     assert train(file) == 130
     assert "--resume" in capsys.readouterr().err
 

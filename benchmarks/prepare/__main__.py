@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             frames=arguments.frames,
             size=arguments.size,
             form=arguments.format,
+            tokenizer=arguments.tokenizer,
             skip_damaged=arguments.skip_damaged,
             progress=arguments.progress,
         )
@@ -91,6 +92,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--frames", type=_positive, default=Options.frames, help="of a video (default %(default)s)")
     parser.add_argument("--size", type=_positive, default=Options.size, help="of images, pixels (default %(default)s)")
+    tokens = "store texts as token ids of this tokenizer of transformers (default: tf-idf)"
+    parser.add_argument("--tokenizer", metavar="NAME", help=tokens)
     parser.add_argument("--skip-damaged", action="store_true", help="leave out what is missing or unreadable")
     parser.add_argument("--no-progress", action="store_false", dest="progress", help="show no progress bars")
     return parser

@@ -36,6 +36,7 @@ class Options:
     frames: int = 3  # of a video
     size: int = 64  # pixels, the side of an image
     form: str = "npz"  # or "folder"
+    tokenizer: str | None = None  # what makes token ids of texts; without it they become tf-idf
     skip_damaged: bool = False
     progress: bool = True
 
@@ -104,6 +105,8 @@ def _encoded(
         encoder = options.encoders[modality]
     elif modality == "audio":
         encoder = functools.partial(audio.log_mel, seconds=corpus.seconds)
+    elif modality == "text" and options.tokenizer is not None:
+        encoder = text.token_ids(options.tokenizer)
     elif modality == "text":
         texts = list(items)
         encoder = text.tf_idf([words for i, words in texts if corpus.samples[i].split == "train"])

@@ -9,11 +9,34 @@ import numpy as np
 from .samples import Clip
 
 WORDS = 2000
+TOKENS = 128
 
 
 def read(source: Clip | str) -> str:
     """The text itself, or that of a file, whose bytes that are not UTF-8 become U+FFFD."""
     return source if isinstance(source, str) else source.path().read_text(encoding="utf-8", errors="replace").strip()
+
+
+def token_ids(name: str) -> Callable[[Sequence[str]], np.ndarray]:
+    """texts -> int32 (N, 128), the ids of a tokenizer of transformers: one in its cache, or in the folder `name`.
+
+    Longer texts are cut, shorter ones padded. ImportError without transformers, ValueError where there is no tokenizer.
+    """
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise ImportError("--tokenizer needs transformers: pip install transformers") from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True)
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"--tokenizer: expected {name!r} in transformers' cache, or a folder: {reason}") from error
+
+    def encode(texts: Sequence[str]) -> np.ndarray:
+        tokens = tokenizer(list(texts), padding="max_length", truncation=True, max_length=TOKENS, return_tensors="np")
+        return np.asarray(tokens["input_ids"], dtype=np.int32)
+
+    return encode
 
 
 def tf_idf(training: Sequence[str]) -> Callable[[Sequence[str]], np.ndarray]:

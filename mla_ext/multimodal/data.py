@@ -144,8 +144,10 @@ class MultimodalData:
         self._check_modality(modality)
         return recordings.read(self.features[modality], torch.zeros(1, dtype=torch.int64, device="cpu")).float()
 
-    def standardized(self) -> MultimodalData:
+    def standardized(self, modalities: Sequence[str] | None = None) -> MultimodalData:
         """The data with each feature, as float32, at mean 0 and variance 1 over the training samples that have it.
+
+        `modalities` names those to standardise; the others stay as they are. None: all.
 
         A recording that several training samples share counts as often as they use it. A feature that is constant
         in training becomes 0 everywhere. Raises ValueError where no training sample has a modality.
@@ -153,9 +155,8 @@ class MultimodalData:
         Recordings that are not in memory are read once, and standardised again whenever they are read later. Those of
         `training_features` get the mean and variance of `features`.
         """
-        features: dict[str, Recordings] = {}
-        training_features: dict[str, Recordings] = {}
-        for modality in self.modalities:
+        features, training_features = dict(self.features), dict(self.training_features)
+        for modality in self.modalities if modalities is None else modalities:
             training = self.indices("train", modality)
             if len(training) == 0:
                 raise ValueError(f"modality {modality!r}: no training sample has it, so it cannot be standardized")

@@ -1,29 +1,48 @@
-"""Encoders that the command line can choose: a small one that is quick on a CPU, and ResNet-18."""
+"""Encoders that the command line can choose: a small one that is quick on a CPU, ResNet-18, and those of libraries."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["ENCODERS", "WIDTHS", "BasicBlock", "build_encoder", "resnet18", "small"]
+from . import library
+from .library import takes_tokens
+
+__all__ = [
+    "ENCODERS",
+    "WIDTHS",
+    "BasicBlock",
+    "build_encoder",
+    "default_width",
+    "resnet18",
+    "small",
+    "takes_tokens",
+]
 
 
 def build_encoder(name: str, shape: Sequence[int], width: int) -> nn.Module:
-    """An encoder of ENCODERS by its name, for inputs (N, *shape) -> features (N, width), non-negative.
+    """An encoder by its name, for inputs (N, *shape) -> features (N, width).
 
-    shape: (d,), (height, width) or (channels, height, width), each at least 1. A vector (d,) gets the small encoder
-    whatever the name. Weights are drawn from the global random generator, as He et al. (2015) do for ReLU. ValueError
-    for another name, shape or width.
+    shape: (d,), (height, width) or (channels, height, width), each at least 1. Those of ENCODERS give non-negative
+    features. A vector (d,) gets the small one whatever the name; a transformer of transformers takes it as token ids.
+    Weights are drawn from the global random generator, as He et al. (2015) do for ReLU. A name such as
+    `torchvision:resnet18` is one of `library`, which says where its weights come from; if it has another width of its
+    own, a linear layer and a ReLU follow.
+
+    ValueError for another name, shape or width; ImportError where the library is not installed.
     """
-    if name not in ENCODERS:
+    if name not in ENCODERS and not library.is_library(name):
         raise ValueError(f"encoder: expected one of {tuple(ENCODERS)}, got {name!r}")
     shape = tuple(shape)
     if len(shape) not in (1, 2, 3) or min(shape) < 1:
         raise ValueError(f"shape: expected (d,), (height, width) or (channels, height, width), each >= 1, got {shape}")
     if isinstance(width, bool) or not isinstance(width, int) or width < 1:
         raise ValueError(f"width: expected a positive integer, got {width!r}")
+    if library.is_library(name) and (len(shape) > 1 or takes_tokens(name, shape)):
+        own, encoder = library.width_of(name), library.build(name, shape)
+        return encoder if own == width else nn.Sequential(encoder, nn.Linear(own, width), nn.ReLU())
     if len(shape) == 1:
         layers = [nn.Linear(shape[0], width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()]
     elif len(shape) == 2:
@@ -39,6 +58,15 @@ def build_encoder(name: str, shape: Sequence[int], width: int) -> nn.Module:
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
     return encoder
+
+
+def default_width(names: Iterable[str]) -> int:
+    """The features that encoders of these names give by default: the most that one of them has of its own.
+
+    The small encoder has no width of its own.
+    """
+    own = [library.width_of(n) if library.is_library(n) else WIDTHS.get(n, 0) for n in names if n != "small"]
+    return max(own, default=WIDTHS["small"])
 
 
 def small(channels: int, height: int, breadth: int, width: int) -> list[nn.Module]:

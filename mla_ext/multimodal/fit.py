@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +58,7 @@ def fit(
     resume: bool = False,
     config: dict[str, Any] | None = None,
     progress: bool = True,
+    on_epoch: Callable[[dict[str, Any]], object] | None = None,
 ) -> list[dict[str, Any]]:
     """Train on the training split; leave the model with the weights of the epoch best on the validation split.
 
@@ -93,6 +94,7 @@ def fit(
         config: plain values that say more about the run, such as how the data was made. They are kept in the checkpoint
             under "settings", and a run that is resumed must agree in them.
         progress: show a progress bar on standard error.
+        on_epoch: called after every epoch, when its files are written, with its record.
 
     Returns the history, one record per epoch: {"epoch", "training_loss": {modality: mean}, "lr": of each parameter
     group, "validation": the report as a dict, "best": whether it was the best so far}.
@@ -181,6 +183,8 @@ def fit(
             run.record(epoch, training_loss, report)
             if directory is not None:
                 run.save(directory)
+            if on_epoch is not None:
+                on_epoch(run.history[-1])
             bar.set_postfix(
                 {
                     "validation": f"{report.accuracy:.2%}",

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from ..head_state import get_projection
+from ..optimizer import ProjectedSGD
 from . import checkpoint, parallel
 from .evaluate import Report
 from .model import MultimodalModel
@@ -54,6 +56,8 @@ class Run:
                 "best": better,
             }
         )
+        if isinstance(self.optimizer, ProjectedSGD):
+            self.history[-1]["plasticity"] = _plasticity(self.optimizer)
         if self.scheduler is not None:
             self.scheduler.step()
 
@@ -110,6 +114,12 @@ class Run:
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(content["scaler"])
         self.history, self.best = content["history"], content["best"]
+
+
+def _plasticity(optimizer: ProjectedSGD) -> float:
+    """The mean eigenvalue of the projections, trace(P) / s: 1 lets all gradients pass, 0 none."""
+    found = [P for P in map(get_projection, optimizer.state.values()) if P is not None]
+    return sum(float(P.trace()) / P.size for P in found) / len(found) if found else 1.0
 
 
 def _shapes(state: dict[str, Any]) -> dict[str, tuple[int, ...] | None]:

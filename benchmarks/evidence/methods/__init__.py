@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mla_ext.multimodal.late import LateFusionModel
+
 from .alternation import (
     MeanFused,
     build_alternating,
@@ -24,7 +26,7 @@ from .amst import build_amst
 from .cggm import build_cggm
 from .common import ALPHA, BATCH_SIZE, Build, Setting
 from .dgl import build_dgl
-from .fusion import BiGated, FiLM, LateFusion, Sum, build_concat, build_heads, build_probed
+from .fusion import BiGated, FiLM, Sum, build_concat, build_heads, build_probed
 from .igm import build_igm
 from .mmin import build_mmin
 from .mmpareto import build_mmpareto
@@ -54,7 +56,7 @@ ALPHAS = ("alpha", (0.01, 1.0, 100.0, 10000.0), ALPHA)
 METHODS = {
     "sum": Method("Sum", build_heads(Sum), HEAD),
     "concat": Method("Concat", build_concat, COLUMNS),
-    "late": Method("Late fusion", build_heads(LateFusion), HEAD),
+    "late": Method("Late fusion", build_heads(LateFusionModel), HEAD),
     "film": Method("FiLM", build_probed(FiLM), PROBE),
     "bigated": Method("BiGated", build_probed(BiGated), PROBE),
     "ogm-ge": Method("OGM-GE", build_ogm_ge, COLUMNS, "alpha", (0.1, 0.3, 0.5, 0.8), 0.3),
@@ -75,5 +77,5 @@ METHODS = {
     "mla-undecayed": Method("MLA, head not decayed", build_mla_undecayed, SHARED, *ALPHAS),
     "mla-forget": Method("MLA, forget", build_mla_forget, SHARED, "forget", (1e-3, 1e-2, 1e-1, 3e-1), 1e-2),
     "sum-shared": Method("Sum, one shared head", build_heads(Sum, shared=True), SHARED),
-    "late-shared": Method("Late fusion, one shared head", build_heads(LateFusion, shared=True), SHARED),
+    "late-shared": Method("Late fusion, one shared head", build_heads(LateFusionModel, shared=True), SHARED),
 }

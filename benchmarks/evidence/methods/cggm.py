@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mla_ext import ConcatModel, MultimodalData
+from mla_ext.multimodal.late import per_modality_loss
 from mla_ext.multimodal.model import Step
 
-from .common import Built, Setting, head_of, heads_of, per_modality_loss
+from .common import Built, Setting, head_of, heads_of
 
 RATE = 1.3  # ρ, as in the authors' commands
 

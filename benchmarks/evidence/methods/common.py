@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import SGD, Optimizer
 
 from mla_ext import MultimodalData
@@ -38,11 +37,6 @@ class Setting:
 
 Built = tuple[MultimodalModel, Optimizer]
 Build = Callable[[MultimodalData, Setting], Built]
-
-
-def per_modality_loss(unimodal: Tensor, present: Tensor, labels: Tensor) -> Tensor:
-    """Σ_m CE(z_m), each the mean over the samples that have the modality."""
-    return sum(F.cross_entropy(z[p], labels[p]) for z, p in zip(unimodal, present, strict=True) if p.any())
 
 
 def head_of(data: MultimodalData, width: int) -> nn.Linear:

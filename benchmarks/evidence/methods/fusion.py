@@ -7,34 +7,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mla_ext import ConcatModel, MultimodalData
+from mla_ext.multimodal.late import LateFusionModel, per_modality_loss
 from mla_ext.multimodal.model import JointModel, Step
 
-from .common import Build, Built, Setting, head_of, heads_of, per_modality_loss
+from .common import Build, Built, Setting, head_of, heads_of
 
 
-class Sum(JointModel):
-    """z = Σ_m (W_m h_m + b_m), over the modalities that a sample has."""
-
-    def __init__(self, encoders: dict[str, nn.Module], heads: list[nn.Linear]) -> None:
-        super().__init__(encoders)
-        self.heads = nn.ModuleList(heads)
-
-    def unimodal(self, parts: list[Tensor], present: Tensor) -> Tensor:
-        return torch.stack([head(part) for head, part in zip(self.heads, parts, strict=True)])
+class Sum(LateFusionModel):
+    """z = Σ_m (W_m h_m + b_m), over the modalities that a sample has, learnt by its own loss."""
 
     def joint(self, parts: list[Tensor], present: Tensor) -> Tensor:
-        return self.unimodal(parts, present).masked_fill(~present.unsqueeze(-1), 0.0).sum(dim=0)
-
-
-class LateFusion(Sum):
-    """Each encoder and head on a loss of its own; the logits of the modalities present are averaged."""
-
-    def joint(self, parts: list[Tensor], present: Tensor) -> Tensor:
-        return super().joint(parts, present) / present.sum(dim=0).unsqueeze(-1)
+        return self.summed(parts, present)
 
     def loss(self, data: MultimodalData, step: Step) -> Tensor:
-        parts, present = self.features(data, step.indices)
-        return per_modality_loss(self.unimodal(parts, present), present, self.labels(data, step.indices))
+        return JointModel.loss(self, data, step)
 
 
 class ProbedModel(JointModel):
@@ -92,7 +78,7 @@ def build_concat(data: MultimodalData, s: Setting) -> Built:
     return model, s.sgd(model)
 
 
-def build_heads(kind: type[Sum], shared: bool = False) -> Build:
+def build_heads(kind: type[LateFusionModel], shared: bool = False) -> Build:
     """A head for each modality, or one for all."""
 
     def build(data: MultimodalData, s: Setting) -> Built:
