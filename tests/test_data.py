@@ -13,26 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from benchmarks.stress.fuzz import contents as small_file
 from mla_ext.multimodal.data import SPLITS, MultimodalData, digits
 from mla_ext.multimodal.files import load_npz
 from mla_ext.multimodal.synthesis import NAMES, _misspell, keypad_tones, stratified_split
 
-N = 12
+N = small_file.SAMPLES
 
 
 def contents() -> dict[str, np.ndarray]:
     """Of a small valid file: "a" has 5 recordings that samples share or lack, "b" one for each sample."""
-    rng = np.random.default_rng(0)
-    return {
-        "modalities": np.array(["a", "b"]),
-        "x_a": rng.standard_normal((5, 2, 3)).astype(np.float16),
-        "row_a": np.array([0, 1, 2, 3, 4, 0, 0, -1, 1, -1, 2, 3]),
-        "x_b": rng.integers(0, 256, (N, 4), dtype=np.uint8),
-        "y": np.arange(N) % 3,
-        "classes": np.array(["x", "y", "z"]),
-        "split": np.array([0] * 8 + [1] * 2 + [2] * 2, dtype=np.int8),
-        "speaker": np.arange(N),  # an extra
-    }
+    return small_file.contents() | {"speaker": np.arange(N)}  # an extra
 
 
 @pytest.fixture

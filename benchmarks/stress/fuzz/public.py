@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from contents import contents
 from torch import Tensor, nn
 
 from mla_ext import MultimodalData, ProjectedSGD, SharedHeadModel, _library, fit, load_npz, ops
@@ -293,28 +294,15 @@ def _read(function: Callable[[Path], Any], path: Path, content: bytes, rng: rand
     return "returned"
 
 
-def _data() -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(0)
-    return {
-        "modalities": np.array(["a", "b"]),
-        "x_a": rng.standard_normal((5, 2, 3)).astype(np.float16),
-        "row_a": np.array([0, 1, 2, 3, 4, 0, 0, -1, 1, -1, 2, 3]),
-        "x_b": rng.integers(0, 256, (12, 4), dtype=np.uint8),
-        "y": np.arange(12) % 3,
-        "classes": np.array(["x", "y", "z"]),
-        "split": np.array([0] * 8 + [1] * 2 + [2] * 2, dtype=np.int8),
-    }
-
-
 def read_npz(rng: random.Random, folder: Path) -> str:
     file = io.BytesIO()
-    (np.savez_compressed if rng.random() < 0.3 else np.savez)(file, **_data())
+    (np.savez_compressed if rng.random() < 0.3 else np.savez)(file, **contents())
     return _read(load_npz, folder / "mutated.npz", file.getvalue(), rng)
 
 
 def train(out: Path, resume: bool = False) -> None:
     """Two epochs on a few samples, or what is left of them."""
-    arrays = {name: torch.from_numpy(value) for name, value in _data().items() if value.dtype.kind != "U"}
+    arrays = {name: torch.from_numpy(value) for name, value in contents().items() if value.dtype.kind != "U"}
     data = MultimodalData(
         ("a", "b"),
         {"a": arrays["x_a"], "b": arrays["x_b"] / 255},
