@@ -86,8 +86,10 @@ numerics: $(VENV)/.installed
 	$(RUN) -m benchmarks.stress.numerics
 
 # On a machine with a GPU, in its own Python (PYTHON=...): build, tests, sanitizers and benchmarks, as files in $$OUT.
+# DEVICE=emulated makes a dry run on any machine, in build/gpu_check.
+DEVICE ?= cuda
 gpu-check:
-	PYTHON=$(PYTHON) bash benchmarks/gpu_check.sh
+	PYTHON=$(PYTHON) DEVICE=$(DEVICE) bash benchmarks/gpu_check.sh
 
 clean:
 	rm -rf build dist *.egg-info mla_ext/_C*.so mla_ext/_build.json $(VENV)/.installed

@@ -13,6 +13,13 @@ import harness
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # for benchmarks/, after the mla_ext that is installed
 
+if os.environ.get("MLA_EXT_EMULATED"):  # the dry run of benchmarks/gpu_check.sh
+    import emulated
+
+    from mla_ext import backends
+
+    backends.BACKENDS["emulated"] = emulated.Emulated()
+
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
 

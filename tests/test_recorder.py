@@ -143,14 +143,14 @@ class RankBudget(Budget):
         t = chunks * used * (C + 1)
         products = groups * used * s + ceil(used / 2) * (read_at_once + 1) * s + t
         project = groups * used * s + 5 * C * s + warps * groups * s + slices * (t + (groups - 1) * chunks * used) + s
-        absorb = slices * warps * (32 + 2 * slices) + s
+        absorb = slices * warps * (32 + 3 * slices) + s
         elements = products + project + absorb
         is_full = used + 1 == R
         if is_full:
             tiles = ceil(R / 8) * (ceil(R / 8) + 1) // 2
             elements += tiles * 8 * 9 * s + 2 * R**2 - s
-            elements += R // 2 * (R + 3) * s + launches[3].blocks * (2 * R**2 + ceil(R / 2) * 2 * slices)
-        numbers = (8, 16, 16, 24) if is_full else (8, 16, 24, 8)  # count, beta and the like, for each thread
+            elements += R // 2 * (R + 3) * s + launches[3].blocks * (2 * R**2 + ceil(R / 2) * 3 * slices)
+        numbers = (8, 16, 20, 28) if is_full else (8, 16, 28, 8)  # count, beta and the like, for each thread
         threads = (launch.blocks * launch.threads for launch in launches)
         return 4 * elements + sum(n * each for n, each in zip(numbers, threads, strict=True))
 

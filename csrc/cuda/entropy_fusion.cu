@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   unsigned char* const shared = dynamic_shared_memory();
   auto* const parts = reinterpret_cast<OnlineEntropy<A>*>(shared);  // [modality][warp]
   A* const entropies = reinterpret_cast<A*>(parts + M * warps);     // [modality]
-  A* const lambdas = entropies + M;                                 // [modality]
+  A* const sample_weights = entropies + M;                          // [modality]
   T* const rows = reinterpret_cast<T*>(shared + rows_offset);       // [modality][class], if kept
 
   const auto is_present = [&](int m) { return !present || present[int64_t{m} * N + sample] != 0; };
@@ -124,18 +124,19 @@ __global__ void __launch_bounds__(kMaxThreads)
     if (entropies[m] != A(INFINITY)) total += exp(smallest - entropies[m]);
   }
   for (int m = static_cast<int>(threadIdx.x); m < M; m += static_cast<int>(blockDim.x)) {
-    const A lambda = entropies[m] != A(INFINITY) ? exp(smallest - entropies[m]) / total : A(0);
-    lambdas[m] = lambda;
-    weights[int64_t{m} * N + sample] = lambda;
+    const A weight = entropies[m] != A(INFINITY) ? exp(smallest - entropies[m]) / total : A(0);
+    sample_weights[m] = weight;
+    weights[int64_t{m} * N + sample] = weight;
   }
   __syncthreads();
   for (int c = first; c < C; c += step) {
     A sums[kWidth] = {};
     for (int m = 0; m < M; ++m) {
-      if (lambdas[m] == A(0)) continue;  // absent: entropies differ by log C at most, which no λ > 0 underflows on
+      if (sample_weights[m] == A(0))
+        continue;  // absent: entropies differ by log C at most, which no λ > 0 underflows on
       const Vector<T, kWidth> vector = load<kWidth>(keep_rows ? rows + m * C + c : row_of(m) + c);
 #pragma unroll
-      for (int i = 0; i < kWidth; ++i) sums[i] += lambdas[m] * to_accumulate(vector.at[i]);
+      for (int i = 0; i < kWidth; ++i) sums[i] += sample_weights[m] * to_accumulate(vector.at[i]);
     }
     Vector<T, kWidth> result;
 #pragma unroll

@@ -23,7 +23,7 @@ template <typename A>
 struct Workspace {
   A* k;           // (s): first, since it is read by vectors
   A* Z;           // (C, s): G P, of the two-launch step
-  A* h_dot_k;     // (blocks): partial sums of h̄ᵀk
+  A* mean_dot_k;  // (blocks): partial sums of h̄ᵀk
   A* grad_dot_k;  // (C, blocks): partial sums of G k, of the one-launch step
   A* squares;     // (blocks): partial sums of ‖P‖²
   A* first_step;  // 1 or 0, of the two-launch step
@@ -33,8 +33,8 @@ struct Workspace {
   Workspace(void* memory, int64_t C, int64_t s)
       : k(static_cast<A*>(memory)),
         Z(k + s),
-        h_dot_k(Z + C * s),
-        grad_dot_k(h_dot_k + max_blocks(s)),
+        mean_dot_k(Z + C * s),
+        grad_dot_k(mean_dot_k + max_blocks(s)),
         squares(grad_dot_k + C * max_blocks(s)),
         first_step(squares + max_blocks(s)) {}
 };
@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(ProductTraits<accumulate_t<T>>::kMaxThreads, 1
     if (static_cast<int>(threadIdx.x) < rows) a.workspace.k[first_row + lane] = k;
     if (warp_index() == 0) {
       const A sum = warp_sum(lane < rows ? a.feature_mean[first_row + lane] * k : A(0));
-      if (lane == 0) a.workspace.h_dot_k[blockIdx.x] = sum;
+      if (lane == 0) a.workspace.mean_dot_k[blockIdx.x] = sum;
     }
     for (int c = warp_index(); late && c < a.C; c += warp_count()) {
       const A g = lane < rows ? to_accumulate(a.grad[c * s + first_row + lane]) : A(0);
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(ProductTraits<accumulate_t<T>>::kMaxThreads, 1
   if (a.step && blockIdx.x == 0 && threadIdx.x == 0) *a.step += 1.0f;
   if (!absorbs) return;
 
-  const RankOne<A> rank_one(alpha + sum_of(a.workspace.h_dot_k, gridDim.x), a.hyper.forget);
+  const RankOne<A> rank_one(alpha + sum_of(a.workspace.mean_dot_k, gridDim.x), a.hyper.forget);
   if (!rank_one.absorbed) {  // the same d, so the same answer, in every block
     if (late) step_weights(A(1));
     return;
@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(kStreamThreads, ProductTraits<accumulate_t<T>>
       product = a.feature_mean[first_row + lane] * k;
     }
     const A sum = warp_sum(product);
-    if (lane == 0) a.workspace.h_dot_k[blockIdx.x] = sum;
+    if (lane == 0) a.workspace.mean_dot_k[blockIdx.x] = sum;
   }
 }
 
@@ -220,7 +220,7 @@ __global__ void __launch_bounds__(kUpdateThreads) head_step_norm_kernel(const Ar
   const int rows = static_cast<int>(min(int64_t{kUpdateRows}, s - first_row));
 
   if (a.skipped()) return;
-  const RankOne<A> rank_one(alpha_of<A>(a.hyper) + sum_of(a.workspace.h_dot_k, product_blocks), a.hyper.forget);
+  const RankOne<A> rank_one(alpha_of<A>(a.hyper) + sum_of(a.workspace.mean_dot_k, product_blocks), a.hyper.forget);
   make_own_u(rank_one, a.workspace.k, first_row, rows, own_u);
   A squares = 0;
   update_rows<kWidth>(rank_one, a.P + first_row * s, s, first_row, rows, a.s, a.workspace.k, own_u,
@@ -241,7 +241,7 @@ __global__ void __launch_bounds__(kUpdateThreads)
 
   if (a.skipped()) return;
   const bool absorbs = a.feature_mean != nullptr;
-  const A d = absorbs ? alpha_of<A>(a.hyper) + sum_of(a.workspace.h_dot_k, product_blocks) : A(0);
+  const A d = absorbs ? alpha_of<A>(a.hyper) + sum_of(a.workspace.mean_dot_k, product_blocks) : A(0);
   const RankOne<A> rank_one(d, a.hyper.forget);
   A norm = 1;
   if (rank_one.absorbed && a.hyper.normalize) norm = sqrt(sum_of(a.workspace.squares, update_blocks));

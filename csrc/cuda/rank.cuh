@@ -28,7 +28,7 @@ struct RankForm {
   A* t;           // (kMaxChunks, capacity, C + 1): parts of t
   A* k;           // (s)
   A* Z;           // (C, s): G P_{t-1}, where the gradient waits for P_t
-  A* h_dot_k;     // (slices): parts of h̄ᵀk
+  A* mean_dot_k;  // (slices): parts of h̄ᵀk
   A* k_dot_k;     // (slices): of |k|²
   A* h_dot_h;     // (slices): of |h̄|²
   A* grad_dot_k;  // (C, slices): and of G k
@@ -51,7 +51,7 @@ struct RankForm {
     take(t, kMaxChunks * R * (C + 1));
     take(k, s);
     take(Z, C * s);
-    take(h_dot_k, parts);
+    take(mean_dot_k, parts);
     take(k_dot_k, parts);
     take(h_dot_h, parts);
     take(grad_dot_k, C * parts);
@@ -84,15 +84,15 @@ struct RankUpdate {
 
   __device__ RankUpdate(const RankForm<A>& P, const Hyperparameters& hyper)
       : keep(static_cast<A>(1.0 - hyper.forget)), forget(static_cast<A>(hyper.forget)), factor(sqrt(keep)) {
-    const A h_dot_k = sum_of(P.h_dot_k, slices(P.s));
+    const A mean_dot_k = sum_of(P.mean_dot_k, slices(P.s));
     // In exact arithmetic h̄ᵀk ≥ |k|²/β, as 0 ⪯ P ⪯ βI. The larger of the two, as rounding may break that. And k is
     // P h̄ only to within ε β |h̄|: a smaller d would let its error make P indefinite.
     const A least = sum_of(P.k_dot_k, slices(P.s)) / *P.old_beta;
     const A noise = kRankNoise<A> * *P.old_beta * sum_of(P.h_dot_h, slices(P.s));
     const A alpha = alpha_of<A>(hyper);
-    const A d = (noise > alpha ? noise : alpha) + (least > h_dot_k ? least : h_dot_k);
+    const A d = (noise > alpha ? noise : alpha) + (least > mean_dot_k ? least : mean_dot_k);
     absorbed = isfinite(d) && d > A(0);
-    adds_row = absorbed && h_dot_k >= noise;
+    adds_row = absorbed && mean_dot_k >= noise;
     root = sqrt(d);
     beta = absorbed ? keep * *P.old_beta + forget : *P.old_beta;
     count = *P.old_count + (adds_row ? 1 : 0);

@@ -192,9 +192,9 @@ __global__ void __launch_bounds__(kThreads, 1) rank_project_kernel(const Argumen
     k = projected(h, kClasses);  // 0 where the column is not there
     if (group == 0 && warp == 0) {
       if (is_there) a.P.k[column] = k;
-      const A h_dot_k = warp_sum(h * k), k_dot_k = warp_sum(k * k), h_dot_h = warp_sum(h * h);
+      const A mean_dot_k = warp_sum(h * k), k_dot_k = warp_sum(k * k), h_dot_h = warp_sum(h * h);
       if (lane == 0) {
-        a.P.h_dot_k[slice] = h_dot_k;
+        a.P.mean_dot_k[slice] = mean_dot_k;
         a.P.k_dot_k[slice] = k_dot_k;
         a.P.h_dot_h[slice] = h_dot_h;
       }

@@ -14,15 +14,19 @@ from ..step import HeadStep, PlainStep
 
 __all__ = ["Backend"]
 
+RANK = 64  # fewer rows lose accuracy (docs/rank.md)
+
 
 class Backend(ABC):
     """The operations of `mla_ext.reference`, in place. Arguments are checked and contiguous when they get here.
 
-    name: what users write as `backend=`. preference: "auto" takes the usable backend that has the highest.
+    name: what users write as `backend=`. preference: "auto" takes the usable backend that has the highest. dense_up_to:
+    the number of features above which the rank form costs less than a dense P; None: never.
     """
 
     name: ClassVar[str]
     preference: ClassVar[int] = 0
+    dense_up_to: ClassVar[int | None] = None
 
     @abstractmethod
     def unusable(self, device: torch.device) -> str | None:
@@ -34,7 +38,7 @@ class Backend(ABC):
 
     def rank(self, s: int) -> int | None:
         """The rows of the rank form that `rank="auto"` takes for s features; None: a dense P is cheaper."""
-        return None
+        return RANK if self.dense_up_to is not None and s > self.dense_up_to else None
 
     @abstractmethod
     def feature_mean(self, features: Tensor) -> Tensor:

@@ -17,10 +17,6 @@ __all__ = ["Cpu"]
 # A deferred row costs each step as much as a row of P does; writing P, once for all rows, costs about 2 s rows. With 8,
 # 16, 32 and 64 rows, 16 and 32 do best from s = 256 to 4096 (benchmarks/NOTES.md).
 DEFERRED = 16
-# The rank form costs less than a dense P from about here on (docs/rank.md).
-DENSE_UP_TO = 256
-RANK = 64
-
 
 _step_ = getattr(_library.module, "step", None)
 _feature_mean_ = getattr(_library.module, "feature_mean", None)
@@ -29,6 +25,7 @@ _feature_mean_ = getattr(_library.module, "feature_mean", None)
 class Cpu(Compiled):
     name = "cpu"
     preference = 40
+    dense_up_to = 256
 
     def unusable(self, device: torch.device) -> str | None:
         return "its kernels read CPU memory" if device.type != "cpu" else _library.load_error
@@ -37,9 +34,6 @@ class Cpu(Compiled):
         """With more classes than features the correction of G P costs more than the write of P."""
         updates_only = not hyper.normalize and not isinstance(hyper.forget, Tensor) and hyper.forget == 0
         return DEFERRED if s >= C and updates_only else 0
-
-    def rank(self, s: int) -> int | None:
-        return RANK if s > DENSE_UP_TO else None
 
     def step_(self, plain: list[PlainStep], heads: list[HeadStep]) -> bool:
         if (

@@ -17,22 +17,16 @@ from .base import Backend
 
 __all__ = ["Triton"]
 
-# Where the rank form costs less than a dense P, as benchmarks/speed/time_model.py predicts it. Not measured.
-DENSE_UP_TO = 2048
-RANK = 64
-
 
 class Triton(Backend):
     name = "triton"
     preference = 20
+    dense_up_to = 2048  # as benchmarks/speed/time_model.py predicts; not measured
 
     def unusable(self, device: torch.device) -> str | None:
         if device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
             return "Triton compiles for GPUs; for tests its interpreter, TRITON_INTERPRET=1, takes CPU tensors too"
         return _unusable(device.type)
-
-    def rank(self, s: int) -> int | None:
-        return RANK if s > DENSE_UP_TO else None
 
     def feature_mean(self, features: Tensor) -> Tensor:
         from .. import triton_kernels

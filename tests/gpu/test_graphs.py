@@ -11,20 +11,21 @@ from mla_ext import ProjectedSGD
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-def make(capturable):
+def make(capturable, rank):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 6)).cuda()
-    optimizer = ProjectedSGD(model.parameters(), lr=0.1, momentum=0.9, alpha=0.05, capturable=capturable)
+    optimizer = ProjectedSGD(model.parameters(), lr=0.1, momentum=0.9, alpha=0.05, capturable=capturable, rank=rank)
     optimizer.attach(model[2])
     return model, optimizer
 
 
-def test_replays_follow_a_scheduler_as_eager_steps_do():
+@pytest.mark.parametrize("rank", [None, 4], ids=["dense", "several compressions"])
+def test_replays_follow_a_scheduler_as_eager_steps_do(rank):
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(8, 16, generator=generator).cuda() for _ in range(10)]
     labels = torch.arange(8).cuda() % 6
     static = torch.empty_like(inputs[0])
-    model, optimizer = make(capturable=True)
+    model, optimizer = make(capturable=True, rank=rank)
 
     def train_step(model, optimizer, x):
         optimizer.zero_grad(set_to_none=True)
@@ -52,7 +53,7 @@ def test_replays_follow_a_scheduler_as_eager_steps_do():
             allocated = torch.cuda.memory_allocated()
     assert torch.cuda.memory_allocated() == allocated
 
-    eager, its_optimizer = make(capturable=False)
+    eager, its_optimizer = make(capturable=False, rank=rank)
     eager.load_state_dict(start[0])
     its_optimizer.load_state_dict(start[1])
     for group in its_optimizer.param_groups:
@@ -69,7 +70,7 @@ def test_replays_follow_a_scheduler_as_eager_steps_do():
 
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
 def test_capturing_a_step_that_is_not_capturable_is_refused():
-    model, optimizer = make(capturable=False)
+    model, optimizer = make(capturable=False, rank=None)
     nn.functional.cross_entropy(model(torch.randn(4, 16).cuda()), torch.arange(4).cuda()).backward()
     with (
         pytest.raises(RuntimeError, match="capturable: expected True in every parameter group"),

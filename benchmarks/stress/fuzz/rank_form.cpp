@@ -1,4 +1,5 @@
 // The rank form P = beta I - K^T K: a step against plain loops, and a compression against another eigensolver.
+#include <algorithm>
 #include <vector>
 
 #include "cpu.h"
@@ -255,7 +256,7 @@ void try_rank_step(Input& input) {
 
 void try_compress(Input& input) {
   const DType dtype = input.flag() ? DType::Float64 : DType::Float32;
-  const int64_t s = input.size(kLargestSize), R = input.size(kMostRows);
+  const int64_t s = input.size(kLargestSize), R = std::min(input.size(kMostRows), s);  // the optimizer takes no more
   precision = format_of(dtype).precision();
   RankForm P(input, dtype, s, R, R);
   const RankForm full = P;
