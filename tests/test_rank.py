@@ -5,7 +5,7 @@ from functools import partial
 import helpers
 import pytest
 import torch
-from parity import assert_as_accurate
+from parity import RANK_OPTIONS, PlainRank, assert_as_accurate
 
 from mla_ext import ProjectedSGD, _library, reference
 from mla_ext.reference import Hyperparameters, accumulate_dtype
@@ -158,52 +158,14 @@ class Rank:
         return [t.clone().nan_to_num(7) for t in state if t is not None]
 
 
-class Plain:
-    """The same by the reference, in any precision."""
-
-    def __init__(self, rank, dtype):
-        accumulate = accumulate_dtype(dtype)
-        self.weight, self.step = rank.weight.to(dtype, copy=True), torch.zeros(())
-        self.momentum_buffer = None if rank.momentum_buffer is None else torch.zeros_like(self.weight, dtype=accumulate)
-        (self.beta, self.rows), self.capacity, self.hyper = (
-            empty(rank.rows.shape[1], accumulate),
-            rank.capacity,
-            rank.hyper,
-        )
-
-    def step_(self, grad, mean):
-        self.weight, self.momentum_buffer, self.beta, self.rows = reference.rank_head_step(
-            self.weight,
-            grad.to(self.weight.dtype),
-            self.momentum_buffer,
-            self.beta,
-            self.rows,
-            self.capacity,
-            None if mean is None else mean.to(self.rows.dtype),
-            self.step,
-            self.hyper,
-        )
-        self.step += 1
-
-
-OPTIONS = {
-    "plain": {},
-    "momentum": {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.01},
-    "nesterov": {"momentum": 0.8, "nesterov": True, "maximize": True},
-    "before": {"absorb": "before", "momentum": 0.9},
-    "forget": {"forget": 0.05},
-    "before forget": {"forget": 0.05, "absorb": "before"},
-}
-
-
 @needs_ops
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("s", "C"), [(1, 1), (7, 6), (33, 101), (513, 1), (513, 6), (1100, 29)])
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("options", RANK_OPTIONS.values(), ids=RANK_OPTIONS)
 def test_the_op_against_the_reference(s, C, dtype, options):
     """Over several compressions."""
     rank = Rank(C, s, dtype, 8, Hyperparameters(lr=0.1, **options))
-    plain, truth = Plain(rank, dtype), Plain(rank, torch.float64)
+    plain, truth = PlainRank(rank, dtype), PlainRank(rank, torch.float64)
     for t in range(25):
         grad, mean = randn(C, s, dtype=dtype, seed=t), mean_of_step(t, s, rank.rows.dtype)
         mean = None if t % 7 == 2 else mean  # a step with nothing to absorb
@@ -223,7 +185,7 @@ def test_the_op_against_the_reference(s, C, dtype, options):
 @pytest.mark.parametrize("s", [5, 40, 700])
 def test_any_number_of_rows(s, capacity):
     rank = Rank(3, s, torch.float64, capacity, Hyperparameters(lr=0.1))
-    truth = Plain(rank, torch.float64)
+    truth = PlainRank(rank, torch.float64)
     for t in range(2 * capacity + 3):
         grad, mean = randn(3, s, seed=t), mean_of_step(t, s, torch.float64)
         rank.step_(grad, mean)

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from helpers import randn
-from parity import assert_as_accurate
+from parity import RANK_OPTIONS, PlainRank, assert_as_accurate
 
 from mla_ext import backends, ops, reference
 from mla_ext.projection import Projection
@@ -15,19 +15,11 @@ DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 CASES = [(device, name) for device in DEVICES for name in backends.usable(torch.device(device))]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SHAPES = [(7, 2, 4), (33, 6, 5), (40, 33, 4), (320, 1, 4)]  # s, C, R
-OPTIONS = {
-    "plain": {},
-    "momentum": {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.01},
-    "nesterov": {"momentum": 0.8, "nesterov": True, "maximize": True},
-    "before": {"absorb": "before", "momentum": 0.9},
-    "forget": {"forget": 0.05},
-    "before_forget": {"forget": 0.05, "absorb": "before"},
-}
 # Each option at each shape, with the dtypes in turn, so that each option has met all four.
 TURNS = [
     pytest.param(*shape, DTYPES[(i + j) % 4], options, id=f"{name}-{'-'.join(map(str, shape))}")
     for i, shape in enumerate(SHAPES)
-    for j, (name, options) in enumerate(OPTIONS.items())
+    for j, (name, options) in enumerate(RANK_OPTIONS.items())
 ]
 
 pytestmark = pytest.mark.parametrize(("device", "backend"), CASES)
@@ -55,7 +47,7 @@ def dense(beta, rows):
 class Head:
     def __init__(self, C, s, R, dtype, device, backend, hyper):
         accumulate = accumulate_dtype(dtype)
-        self.hyper, self.backend = hyper, backend
+        self.hyper, self.backend, self.capacity = hyper, backend, R
         self.weight = randn(C, s, dtype=dtype, device=device, seed=77)
         like = {"dtype": accumulate, "device": device}
         self.momentum_buffer = torch.full((C, s), torch.nan, **like) if hyper.momentum else None
@@ -75,36 +67,11 @@ class Head:
         return [t.clone().nan_to_num(7) for t in state if t is not None]
 
 
-class Plain:
-    """The same by the reference, in any precision."""
-
-    def __init__(self, head, dtype):
-        accumulate, s = accumulate_dtype(dtype), head.weight.shape[1]
-        self.weight, self.hyper, self.capacity = head.weight.to(dtype, copy=True), head.hyper, len(head.projection.rows)
-        self.momentum_buffer = None if head.momentum_buffer is None else head.momentum_buffer.to(accumulate, copy=True)
-        self.beta, self.rows = self.weight.new_ones((), dtype=accumulate), self.weight.new_zeros(0, s, dtype=accumulate)
-        self.step = head.step.clone()
-
-    def step_(self, grad, mean):
-        self.weight, self.momentum_buffer, self.beta, self.rows = reference.rank_head_step(
-            self.weight,
-            grad.to(self.weight.dtype),
-            self.momentum_buffer,
-            self.beta,
-            self.rows,
-            self.capacity,
-            None if mean is None else mean.to(self.rows.dtype),
-            self.step,
-            self.hyper,
-        )
-        self.step += 1
-
-
 @pytest.mark.parametrize(("s", "C", "R", "dtype", "options"), TURNS)
 def test_against_the_reference(device, backend, s, C, R, dtype, options):
     """Over several compressions."""
     head = Head(C, s, R, dtype, device, backend, Hyperparameters(lr=0.1, **options))
-    plain, truth = Plain(head, dtype), Plain(head, torch.float64)
+    plain, truth = PlainRank(head, dtype), PlainRank(head, torch.float64)
     counts = []
     for t in range(9):
         grad = randn(C, s, dtype=dtype, device=device, seed=t)

@@ -76,14 +76,14 @@ def updated_tile(projection, k, rows, columns, s, sign, root, keep, forget, dtyp
 
 @triton.jit
 def product_kernel(
-    head,
     projection,
-    feature_mean,
-    step,
-    found_inf,
-    projected,
     k,
     mean_dot_k,
+    found_inf,
+    head,
+    feature_mean,
+    step,
+    projected,
     C,
     s,
     lr: tl.float64,
@@ -148,9 +148,9 @@ def product_kernel(
 @triton.jit
 def norm_kernel(
     projection,
-    found_inf,
     k,
     mean_dot_k,
+    found_inf,
     squares,
     parts,
     s,
@@ -177,13 +177,13 @@ def norm_kernel(
 
 @triton.jit
 def finish_kernel(
-    head,
     projection,
-    step,
-    found_inf,
-    projected,
     k,
     mean_dot_k,
+    found_inf,
+    head,
+    step,
+    projected,
     squares,
     parts,
     row_parts,
@@ -300,6 +300,7 @@ def head_step_(
     squares = torch.empty(row_parts, **like) if absorbs and hyper.normalize else None
     projected = torch.empty(C, s, **like) if is_late else None
 
+    of_all = (projection, k, mean_dot_k, found_inf)  # arguments of all three kernels
     head = Head(weight, grad, momentum_buffer, grad_scale)
     numbers, tensors = numbers_and_tensors(hyper, device)
     flags = (hyper.nesterov, hyper.maximize)
@@ -308,14 +309,11 @@ def head_step_(
     with on(device):
         if absorbs or grad is not None:
             product_kernel[(parts if absorbs or not by_mm else 1,)](
+                *of_all,
                 NO_HEAD if by_mm else head,
-                projection,
                 feature_mean,
                 step,
-                found_inf,
                 projected,
-                k,
-                mean_dot_k,
                 C,
                 s,
                 *numbers[:4],
@@ -333,10 +331,7 @@ def head_step_(
             torch.mm(grad.to(projection.dtype), projection, out=projected)
         if squares is not None:
             norm_kernel[(row_parts,)](
-                projection,
-                found_inf,
-                k,
-                mean_dot_k,
+                *of_all,
                 squares,
                 parts,
                 s,
@@ -347,13 +342,10 @@ def head_step_(
                 UPDATE_COLUMNS,
             )
         finish_kernel[(max(row_parts + (C if is_late else 0), 1),)](
+            *of_all,
             head if is_late else NO_HEAD,
-            projection,
             step,
-            found_inf,
             projected,
-            k,
-            mean_dot_k,
             squares,
             parts,
             row_parts,

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from contents import contents
 from torch import Tensor, nn
 
 from mla_ext import MultimodalData, ProjectedSGD, SharedHeadModel, _library, fit, load_npz, ops
