@@ -27,8 +27,6 @@ from mla_ext.projection import Projection
 from mla_ext.reference import Hyperparameters, accumulate_dtype
 from mla_ext.step import HeadStep, PlainStep
 
-from .contents import contents
-
 ERRORS = (TypeError, ValueError, OSError, RuntimeError)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 OTHERS = (torch.int64, torch.bool, torch.complex64, torch.uint8, torch.float8_e4m3fn)
