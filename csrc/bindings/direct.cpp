@@ -53,13 +53,14 @@ struct PyTorch {
 } pytorch;
 
 // The names of the attributes that are read, as Python's strings.
-#define MLA_EXT_NAMES(X)                                                                                               \
-  X(params)                                                                                                            \
-  X(grads)                                                                                                             \
-  X(momentum_buffers)                                                                                                  \
-  X(first_step) X(grad_scale) X(hyper) X(lr) X(momentum) X(dampening) X(weight_decay) X(nesterov) X(maximize) X(alpha) \
-      X(absorb) X(normalize) X(forget) X(weight) X(grad) X(momentum_buffer) X(projection) X(base) X(beta) X(rows)      \
-          X(count) X(feature_mean) X(step) X(found_inf) X(is_neg)
+// clang-format off
+#define MLA_EXT_NAMES(X)                                                                            \
+  X(params) X(grads) X(momentum_buffers) X(first_step) X(grad_scale) X(hyper)                       \
+  X(lr) X(momentum) X(dampening) X(weight_decay) X(nesterov) X(maximize)                            \
+  X(alpha) X(absorb) X(normalize) X(forget)                                                         \
+  X(weight) X(grad) X(momentum_buffer) X(projection) X(base) X(beta) X(rows) X(count)               \
+  X(feature_mean) X(step) X(found_inf) X(is_neg)
+// clang-format on
 struct Names {
 #define MLA_EXT_DECLARE(name) PyObject* name = nullptr;
   MLA_EXT_NAMES(MLA_EXT_DECLARE)
