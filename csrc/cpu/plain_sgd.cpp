@@ -56,7 +56,7 @@ void step_tensor(const PlainSgd& step, const SgdTensor& tensor, int64_t begin, i
       choose(step.nesterov, [&](auto nesterov) {
         constexpr bool kNesterov = decltype(nesterov)::value;
         step.first_step ? step_elements<A, kFma, kDecay, Momentum::First, kNesterov>(step, tensor, begin, end)
-                      : step_elements<A, kFma, kDecay, Momentum::Later, kNesterov>(step, tensor, begin, end);
+                        : step_elements<A, kFma, kDecay, Momentum::Later, kNesterov>(step, tensor, begin, end);
       });
     });
   });
