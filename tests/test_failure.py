@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_training import interrupt_at, make, make_data, metrics, run, same
 
-from mla_ext.multimodal import checkpoint, cli
+from mla_ext.multimodal import checkpoint, cli, commands
 from mla_ext.multimodal.failure import explained
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -76,7 +76,7 @@ def test_the_command_line_says_it_in_one_line(capsys, monkeypatch):
         with explained("epoch 3"):
             raise MemoryError
 
-    monkeypatch.setattr(cli, "fit", fails)
+    monkeypatch.setattr(commands, "fit", fails)
     assert cli.main(["train", "--data", "digits", "--epochs", "1", "--device", "cpu"]) == 2
     assert capsys.readouterr().err == (
         "mla-ext: error: epoch 3: out of memory: a smaller batch_size needs less, and so does amp\n"

@@ -35,7 +35,9 @@ from .. import RESULTS
 from ..machine import machine
 
 EPOCHS = 12
-FILES = ["last.pt", "metrics.jsonl", "report.json"]
+TEXTS = ["config.toml", "metrics.jsonl", "predictions.csv", "report.json"]
+FILES = sorted([*TEXTS, "last.pt", "training.png", "confusion.png"])
+AT_THE_END = ("report.json", "predictions.csv", "training.png", "confusion.png")  # written
 
 
 def write_data(path: Path) -> Path:
@@ -95,7 +97,7 @@ class Runs:
         found = sorted(path.name for path in self[name].iterdir())
         assert found == FILES, f"{name}: {found}"
         ours, theirs = self[name], self[other]
-        for file in ("metrics.jsonl", "report.json"):
+        for file in TEXTS:
             assert (ours / file).read_bytes() == (theirs / file).read_bytes(), f"{name}/{file} differs"
         assert _same(checkpoint.load(ours / "last.pt"), checkpoint.load(theirs / "last.pt")), f"{name}/last.pt differs"
 
@@ -105,11 +107,12 @@ class Runs:
         self.check_whole(name)
 
     def stopped(self, name: str, epochs: int = 5) -> Path:
-        """A run that ended after some epochs, its report not yet written; returns its checkpoint."""
+        """A run that ended after some epochs, before its report was written; returns its checkpoint."""
         shutil.rmtree(self[name], ignore_errors=True)
         code, error = self.train(name, epochs=epochs)
         assert code == 0, error
-        (self[name] / "report.json").unlink()
+        for file in AT_THE_END:
+            (self[name] / file).unlink()
         return self[name] / "last.pt"
 
 
