@@ -115,7 +115,7 @@ def test_metadata(wheel):
     assert metadata["Summary"]
     required = [value for value in metadata.get_all("Requires-Dist") if "extra ==" not in value]
     assert required == ["torch>=2.10", "numpy", "tqdm"]
-    assert set(metadata.get_all("Provides-Extra")) == {"demo", "prepare", "test", "lint", "docs"}
+    assert set(metadata.get_all("Provides-Extra")) == {"demo", "prepare", "test", "lint", "docs", "vision", "text"}
     entry_points = archive.read(name.replace("METADATA", "entry_points.txt")).decode()
     assert entry_points.split() == ["[console_scripts]", "mla-ext", "=", "mla_ext.multimodal.cli:main"]
 
