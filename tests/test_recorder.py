@@ -263,7 +263,7 @@ DEFECTS = {
         Defect("head_step.cu", "  grid_barrier();\n  if (a.step", "  if (!PLANTED) grid_barrier();\n  if (a.step",
                SMALL.call(), "race in global memory"),
     "grid barrier of the norm":
-        Defect("head_step.cu", "    grid_barrier();\n    norm", "    if (!PLANTED) grid_barrier();\n    norm",
+        Defect("head_step.cu", "    grid_barrier();\n    inverse", "    if (!PLANTED) grid_barrier();\n    inverse",
                replace(SMALL, hyper=NORMALIZED).call(), "race in global memory"),
     "step counted early":
         Defect("head_step.cu", "  multiply<kAligned>(tiling, shared, a.grad",
