@@ -240,6 +240,7 @@ def test_a_number_on_the_device_is_read_when_it_has_changed(monkeypatch):
             reads.append(1)
             return self.as_subclass(torch.Tensor).item()
 
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     reads = []
     value = torch.tensor(0.5).as_subclass(OnDevice)
     assert [compiled._number("forget", value) for _ in range(3)] == [0.5] * 3
