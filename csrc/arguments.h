@@ -21,15 +21,15 @@ template <class A>
 constexpr A kRankNoise = 64 * std::numeric_limits<A>::epsilon();
 
 /// How fast nu follows |h|^2: the exponential mean's weight of the newest.
-constexpr double kNuRate = 0.01;
+constexpr double kNuRate = 0.1;
 
 /// P = B - K^T K, or with no B: P = beta I - K^T K (the rank form).
 struct Projection {
-  void* base;        // B: A (s, s), in place; null: beta I
-  void* beta;        // A, one number, in place; null where there is a B
-  void* rows;        // K: A (capacity, s), in place; null: every update goes into B at once
-  int64_t* count;    // how many rows of K are in use, in place
-  int64_t capacity;  // full: the rows are folded into B, or the rank form is compressed to capacity / 2 rows
+  void* base;          // B: A (s, s), in place; null: beta I
+  void* beta;          // A, one number, in place; null where there is a B
+  void* rows;          // K: A (capacity, s), in place; null: every update goes into B at once
+  int64_t* count;      // how many rows of K are in use, in place
+  int64_t capacity;    // full: the rows are folded into B, or the rank form is compressed to capacity / 2 rows
   void* nu = nullptr;  // A, one number, in place: the mean of |h|^2 so far, 0 before the first; null: d = alpha + h.k
 };
 

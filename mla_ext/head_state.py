@@ -1,7 +1,7 @@
 """The state of a projected weight. All of it lies in optimizer.state[weight], so that every copy of that is whole.
 
-"base", "beta", "rows", "count", "nu": the parts of its `Projection`. "momentum_buffer": (C, s). All in float32, float64 for
-float64 weights. "step": the updates that the momentum buffer has seen.
+"base", "beta", "rows", "count", "nu": the parts of its `Projection`. "momentum_buffer": (C, s). All in float32,
+float64 for float64 weights. "step": the updates that the momentum buffer has seen.
 """
 
 from __future__ import annotations
@@ -18,7 +18,16 @@ from .checks import describe, fits, has_momentum
 from .projection import Projection
 from .reference import Hyperparameters, accumulate_dtype
 
-__all__ = ["check", "dtypes_of", "form_of", "get_projection", "has_projection", "is_scaled_by", "prepare", "set_projection"]
+__all__ = [
+    "check",
+    "dtypes_of",
+    "form_of",
+    "get_projection",
+    "has_projection",
+    "is_scaled_by",
+    "prepare",
+    "set_projection",
+]
 
 PARTS = ("base", "beta", "rows", "count", "nu")
 BEFORE_0_2 = "projection"  # what "base" was called, when it was the whole of P

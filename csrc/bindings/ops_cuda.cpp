@@ -106,12 +106,9 @@ void head_step_(Tensor weight, const Tensor& grad, std::optional<Tensor> momentu
   arguments.weight = weight.data_ptr();
   arguments.grad = grad.data_ptr();
   arguments.momentum_buffer = pointer(momentum_buffer);
-  arguments.projection = {pointer(base),
-                          pointer(beta),
-                          pointer(rows),
-                          static_cast<int64_t*>(pointer(count)),
-                          is_dense ? 0 : rows->size(0),
-                          pointer(nu)};
+  arguments.projection = {
+      pointer(base), pointer(beta), pointer(rows), static_cast<int64_t*>(pointer(count)), is_dense ? 0 : rows->size(0),
+      pointer(nu)};
   arguments.feature_mean = pointer(feature_mean);
   arguments.step = static_cast<float*>(step.data_ptr());
   arguments.hyper = {lr,

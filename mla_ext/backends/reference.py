@@ -38,8 +38,10 @@ class Reference(Backend):
         hyper = step.hyper
         if P.nu is not None and step.feature_mean is not None:
             nu = reference.next_nu(P.nu, step.feature_mean)
-            hyper = dataclasses.replace(hyper, alpha=hyper.alpha * nu)
-            changes += [(P.nu, torch.where(nu.isfinite(), nu, P.nu))]
+            alpha = hyper.alpha * nu
+            hyper = dataclasses.replace(hyper, alpha=alpha)
+            # h̄ᵀk is at most ‖h̄‖², so d is finite where this is.
+            changes += [(P.nu, torch.where(alpha.isfinite(), nu, P.nu))]
         before, after = (step.weight, grad, step.momentum_buffer), (step.feature_mean, step.step, hyper)
         if P.base is not None:
             self.settle_(P)
