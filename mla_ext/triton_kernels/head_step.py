@@ -1,8 +1,9 @@
 """One step of the shared head (eq. 4-6): W ← W − γ · SGD(G P), and P ← P − k kᵀ/d.
 
 Launches, each a kernel of this file: `product` makes k = P h̄, parts of h̄ᵀk and |h̄|², and Z = G P, with which it steps
-the weights at once when the step projects with P_{t-1} ("after"). `finish` absorbs h̄ into P; otherwise ("before") further
-programs of it correct Z to G P_t and step the weights. They do so too where torch.mm makes Z, as for many classes.
+the weights at once when the step projects with P_{t-1} ("after"). `finish` absorbs h̄ into P and ν; otherwise ("before")
+further programs of it correct Z to G P_t and step the weights. They do so too where torch.mm makes Z, as for many
+classes.
 Between them, only to normalize, `norm` sums the squares of the P that `finish` will make. Whichever of `product` and
 `finish` does not step the weights advances `step`, so that no program reads it in the launch that changes it. All sums
 run in a fixed order.
