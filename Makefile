@@ -8,7 +8,7 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check install --quiet --constraint $(CONSTRAINTS)
 NATIVE = $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test lint format bench evidence evidence-quick rank docs audit install-matrix fuzz faults numerics gpu-check clean
+.PHONY: demo test test-rare lint format bench evidence evidence-quick rank docs audit install-matrix fuzz faults numerics gpu-check clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/mla-ext demo
@@ -16,6 +16,10 @@ demo: $(VENV)/.installed
 # From tests/ and by the script, neither of which puts the checkout's own mla_ext before the installed one.
 test: lint
 	cd tests && MLA_EXT_INSTALLED=1 $(abspath $(VENV))/bin/pytest -q
+
+# What takes long and guards what seldom changes. benchmarks/stress has longer ones: make faults, make fuzz.
+test-rare: $(VENV)/.installed
+	cd tests && MLA_EXT_INSTALLED=1 $(abspath $(VENV))/bin/pytest -q -m rare
 
 lint: $(VENV)/.installed
 	$(RUN) -m ruff check .

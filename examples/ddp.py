@@ -41,7 +41,8 @@ def main():
     if dist.get_rank() == 0:
         accuracy = (model.module(inputs).argmax(1) == labels).float().mean()
         equal = all(torch.equal(P, other) for other in all_P)
-        print(f"accuracy {accuracy:.3f}; P equal on all {len(all_P)} ranks: {equal}")
+        print(f"accuracy {accuracy:.3f}; P equal on all {len(all_P)} ranks: {equal}", flush=True)
+    dist.barrier()  # no rank leaves before the first one has spoken
 
 
 if __name__ == "__main__":

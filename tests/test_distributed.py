@@ -156,7 +156,7 @@ def test_without_features_on_any_rank_nothing_is_absorbed(tmp_path):
         assert torch.equal(P, torch.eye(8))
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.rare)])
 def test_torchrun_trains_as_one_process(world, tmp_path):
     """Same settings, same data: the ranks' run ends where the single process ends, and resumes."""
     command = ["-m", "mla_ext", "train", "--data", "digits", "--epochs", "2", "--batch-size", "100", "--no-progress"]

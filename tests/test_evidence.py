@@ -401,7 +401,7 @@ def test_means_of_sums_leave_out_what_is_missing(source):
 
 def test_one_command_makes_every_table_without_an_empty_cell(tmp_path):
     pairs, triples = write_data(tmp_path / "pairs.npz"), write_data(tmp_path / "triples.npz", 3)
-    arguments = ["--data", pairs, triples, "--seeds", "2", "--epochs", "1", "--workers", "1"]
+    arguments = ["--data", pairs, triples, "--quick", "--epochs", "1", "--workers", "1"]
     arguments += ["--runs", str(tmp_path / "runs.jsonl"), "--out", str(tmp_path / "out")]
     assert command.main(["all", *arguments]) == 0
     pages = {path.name: path for path in (tmp_path / "out").iterdir()}

@@ -11,6 +11,7 @@ ROOT = str(Path(__file__).resolve().parents[1])  # for benchmarks/, after the ml
 START = f"import sys; sys.path.append({ROOT!r}); from benchmarks.stress.faults import main; main()"
 
 
+@pytest.mark.rare
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="its runs are forked")
 def test_a_run_survives_every_fault(tmp_path):
     """In a Python of its own, which has no threads yet when it forks."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -17,15 +18,25 @@ INPUTS = 200
 FLAGS = {"address": programs.ADDRESS, "thread": programs.THREAD}
 
 
-@pytest.fixture(scope="module", params=FLAGS)
+@pytest.fixture(params=FLAGS)
 def sanitizer(request) -> str:
     return request.param
 
 
 @pytest.fixture(scope="module")
-def program(sanitizer, tmp_path_factory) -> Path:
-    """The CPU kernels of one instruction set, all of whose code is the others' too."""
-    return programs.build_cpu(tmp_path_factory.mktemp(sanitizer), programs.RANDOM, FLAGS[sanitizer], ["baseline"])
+def built(tmp_path_factory):
+    """The program of a sanitizer, built once: the CPU kernels of one instruction set, whose code is the others' too."""
+
+    @cache
+    def build(sanitizer: str) -> Path:
+        return programs.build_cpu(tmp_path_factory.mktemp(sanitizer), programs.RANDOM, FLAGS[sanitizer], ["baseline"])
+
+    return build
+
+
+@pytest.fixture
+def program(sanitizer, built) -> Path:
+    return built(sanitizer)
 
 
 @needs_compiler

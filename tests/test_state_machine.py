@@ -488,5 +488,5 @@ def test_any_order_of_calls():
         Machine,
         settings=settings(max_examples=EXAMPLES, **common)
         if EXAMPLES
-        else settings(max_examples=60, derandomize=True, database=None, **common),
+        else settings(max_examples=30, derandomize=True, database=None, **common),
     )
