@@ -49,6 +49,7 @@ RANK_SUITE = (
     "triton and not (90-64 or 150-100 or 7-2-4 or (320 and not before_forget)"
     " or (40-33-4 and not (before_forget or momentum)) or (test_numbers and -33-))"
 )
+SCALE_SUITE = "triton and not features and not dtype1 and not dtype2"
 SPOT_CHECKS = """
 import torch
 from mla_ext import ops, reference
@@ -141,7 +142,7 @@ def test_the_rank_form_in_the_interpreter():
 
 def test_a_scaled_alpha_in_the_interpreter():
     result = run(
-        *("-m", "pytest", "-q", "-p", "triton_interpreter", "test_alpha_scale.py", "-k", "triton"),
+        *("-m", "pytest", "-q", "-p", "triton_interpreter", "test_alpha_scale.py", "-k", SCALE_SUITE),
         TRITON_INTERPRET="1",
     )
     assert result.returncode == 0, result.stdout + result.stderr
