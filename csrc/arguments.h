@@ -20,13 +20,17 @@ constexpr size_t accumulate_bytes(DType dtype) { return dtype == DType::Float64 
 template <class A>
 constexpr A kRankNoise = 64 * std::numeric_limits<A>::epsilon();
 
+/// How fast nu follows |h|^2: the exponential mean's weight of the newest.
+constexpr double kNuRate = 0.1;
+
 /// P = B - K^T K, or with no B: P = beta I - K^T K (the rank form).
 struct Projection {
-  void* base;        // B: A (s, s), in place; null: beta I
-  void* beta;        // A, one number, in place; null where there is a B
-  void* rows;        // K: A (capacity, s), in place; null: every update goes into B at once
-  int64_t* count;    // how many rows of K are in use, in place
-  int64_t capacity;  // full: the rows are folded into B, or the rank form is compressed to capacity / 2 rows
+  void* base;          // B: A (s, s), in place; null: beta I
+  void* beta;          // A, one number, in place; null where there is a B
+  void* rows;          // K: A (capacity, s), in place; null: every update goes into B at once
+  int64_t* count;      // how many rows of K are in use, in place
+  int64_t capacity;    // full: the rows are folded into B, or the rank form is compressed to capacity / 2 rows
+  void* nu = nullptr;  // A, one number, in place: the mean of |h|^2 so far, 0 before the first; null: d = alpha + h.k
 };
 
 /// The hyperparameters of torch.optim.SGD and of the projection. Pointers, where not null, stand in for the numbers.
@@ -45,7 +49,7 @@ struct Hyperparameters {
   const float* alpha_tensor = nullptr;
 };
 
-/// One step of the shared head, eq. 4-6: W <- W - lr SGD(G P), and P <- P - k k^T / d.
+/// One step of the shared head, eq. 4-6: W <- W - lr SGD(G P), and P <- P - k k^T / d with d = alpha nu + h.k.
 struct HeadStep {
   DType dtype;  // of weight and grad
   int64_t C, s;

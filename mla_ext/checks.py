@@ -16,6 +16,7 @@ from .step import HeadStep
 
 __all__ = [
     "WEIGHT_DTYPES",
+    "check_alpha_scale",
     "check_head_step",
     "check_hyperparameters",
     "check_nonempty",
@@ -150,6 +151,8 @@ def check_projection(projection: Projection, s: int, dtype: torch.dtype, device:
         check_writable("projection", P.base)
     if P.beta is not None:
         check_tensor("beta", P.beta, (), (dtype,), device)
+    if P.nu is not None:
+        check_tensor("nu", P.nu, (), (dtype,), device)
     if P.rows is not None:
         check_tensor("rows", P.rows, ("R", s), (dtype,), device)
         check_nonempty("rows", P.rows)
@@ -209,6 +212,11 @@ def check_options(options: dict[str, Any], differentiable: bool, process_group: 
     is_group = dist.is_available() and isinstance(process_group, dist.ProcessGroup)
     if not (process_group is None or process_group == "local" or is_group):
         raise ValueError(f"process_group: expected a process group, None or 'local', got {process_group!r}")
+
+
+def check_alpha_scale(alpha_scale: Any) -> None:
+    if alpha_scale is not None and alpha_scale != "features":
+        raise ValueError(f"alpha_scale: expected 'features' or None, got {alpha_scale!r}")
 
 
 def check_rank(rank: Any, normalize: bool) -> None:

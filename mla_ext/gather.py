@@ -99,13 +99,17 @@ class Checked:
     state: list[Any]
     place: tuple[Any, ...]
 
-    def holds(self, weight: Tensor, state: dict[str, Any], hyper: Hyperparameters, backend: str) -> bool:
+    def holds(
+        self, weight: Tensor, state: dict[str, Any], group: dict[str, Any], hyper: Hyperparameters, backend: str
+    ) -> bool:
         """Whether the weight lies where it lay, state and hyperparameters are the same, and so is `backend`."""
         if not (self.name == backend and _are_same(state.values(), self.state) and self.place == _place(weight)):
             return False
         if self.step.hyper is not hyper:
             names = (name for name in HYPERPARAMETERS if name not in MAY_CHANGE)
             if any(getattr(hyper, name) is not getattr(self.step.hyper, name) for name in names):
+                return False
+            if not head_state.is_scaled_by(self.step.projection, group):
                 return False
             self.step.hyper = hyper
         return True
@@ -210,6 +214,7 @@ class Gatherer:
         hyper = Hyperparameters(*(group[name] for name in HYPERPARAMETERS))
         if not torch.compiler.is_compiling():  # where a check would compile the numbers in
             checks.check_hyperparameters(hyper)
+            checks.check_alpha_scale(group["alpha_scale"])
             self.hypers[index] = [*group.values()], hyper
         return hyper
 
@@ -230,7 +235,7 @@ class Gatherer:
         if mean is not None and (mean.dtype != dtype or mean.device != weight.device):  # the model was converted since
             mean = mean.to(weight.device, dtype)
         last = self.heads.get(weight)
-        if last is not None and last.holds(weight, state, hyper, backend):
+        if last is not None and last.holds(weight, state, group, hyper, backend):
             same = last.step
             step = HeadStep(weight, grad, same.momentum_buffer, same.projection, mean, same.step, hyper, *scaling)
             return step, last.backend

@@ -1,7 +1,7 @@
 """The state of a projected weight. All of it lies in optimizer.state[weight], so that every copy of that is whole.
 
-"base", "beta", "rows", "count": the parts of its `Projection`. "momentum_buffer": (C, s). All in float32, float64 for
-float64 weights. "step": the updates that the momentum buffer has seen.
+"base", "beta", "rows", "count", "nu": the parts of its `Projection`. "momentum_buffer": (C, s). All in float32,
+float64 for float64 weights. "step": the updates that the momentum buffer has seen.
 """
 
 from __future__ import annotations
@@ -18,9 +18,18 @@ from .checks import describe, fits, has_momentum
 from .projection import Projection
 from .reference import Hyperparameters, accumulate_dtype
 
-__all__ = ["check", "dtypes_of", "form_of", "get_projection", "has_projection", "prepare", "set_projection"]
+__all__ = [
+    "check",
+    "dtypes_of",
+    "form_of",
+    "get_projection",
+    "has_projection",
+    "is_scaled_by",
+    "prepare",
+    "set_projection",
+]
 
-PARTS = ("base", "beta", "rows", "count")
+PARTS = ("base", "beta", "rows", "count", "nu")
 BEFORE_0_2 = "projection"  # what "base" was called, when it was the whole of P
 
 
@@ -75,10 +84,15 @@ def form_of(group: dict[str, Any], s: int, backend: Backend) -> int | None:
     return None if rank is None or rank >= s else rank
 
 
+def is_scaled_by(projection: Projection, group: dict[str, Any]) -> bool:
+    """Whether P has a ν exactly where the group's alpha_scale asks for one."""
+    return (projection.nu is None) == (group["alpha_scale"] is None)
+
+
 def dtypes_of(weight: Tensor) -> dict[str, torch.dtype]:
     """The dtype of each entry, whatever that of the weight."""
     dtype = accumulate_dtype(weight.dtype)
-    floats = dict.fromkeys(("base", BEFORE_0_2, "beta", "rows", "momentum_buffer"), dtype)
+    floats = dict.fromkeys(("base", BEFORE_0_2, "beta", "rows", "nu", "momentum_buffer"), dtype)
     return {**floats, "count": torch.int64, "step": torch.float32}
 
 
@@ -105,15 +119,11 @@ def prepare(
     elif P.base is not None and (P.rows is None) != (deferred == 0):
         if P.rows is not None:
             backend.settle_(P)
-            P = Projection(P.base)
+            P.rows = P.count = None
         else:
-            P = Projection(
-                P.base,
-                None,
-                torch.zeros(deferred, s, dtype=dtype, device=device),
-                torch.zeros((), dtype=torch.int64, device=device),
-            )
-    elif BEFORE_0_2 not in state:
-        return P
+            P.rows = torch.zeros(deferred, s, dtype=dtype, device=device)
+            P.count = torch.zeros((), dtype=torch.int64, device=device)
+    if not is_scaled_by(P, group):
+        P.nu = None if group["alpha_scale"] is None else torch.zeros((), dtype=dtype, device=device)
     set_projection(state, P)
     return P

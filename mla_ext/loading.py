@@ -71,7 +71,7 @@ def read(
     saved_groups = state_dict["param_groups"]
     if len(saved_groups) == len(param_groups):
         completed = [
-            {name: value for name, value in ours.items() if name != "params"} | theirs
+            {name: value for name, value in ours.items() if name != "params"} | _dated(theirs)
             for ours, theirs in zip(param_groups, saved_groups, strict=True)
         ]
         state_dict = {**state_dict, "param_groups": completed}
@@ -81,6 +81,11 @@ def read(
     for param, state in saved.items():
         head_state.check(state, param)
     return state_dict, saved
+
+
+def _dated(group: dict[str, Any]) -> dict[str, Any]:
+    """A saved group with what its version did without saying so."""
+    return {"alpha_scale": None} | group if "alpha" in group else group
 
 
 def restore(

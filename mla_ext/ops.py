@@ -85,7 +85,7 @@ def run_head_step_(step: HeadStep, backend: Backend) -> None:
         None if tensor is None else tensor.contiguous() for tensor in (*written, *read)
     )
     assert weight is not None and grad is not None
-    used = Projection(base, P.beta, rows, P.count)
+    used = Projection(base, P.beta, rows, P.count, P.nu)
     backend.head_step_(
         dataclasses.replace(
             step,

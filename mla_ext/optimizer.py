@@ -30,7 +30,7 @@ class ProjectedSGD(Optimizer):
 
     An attached weight W (C, s) carries a projection P (s, s), at first the identity. Its step projects the gradient,
     G ← G P, does what torch.optim.SGD does with the result, and absorbs the mean h̄ (s,) of the head inputs since the
-    last step, P ← P − k kᵀ / d with k = P h̄ and d = α + h̄ᵀk: later steps leave the head's answers to what it was
+    last step, P ← P − k kᵀ / d with k = P h̄ and d = αν + h̄ᵀk: later steps leave the head's answers to what it was
     fed before as they were. All other parameters, biases included, step exactly as torch.optim.SGD.
 
     Args:
@@ -38,6 +38,8 @@ class ProjectedSGD(Optimizer):
         lr, momentum, dampening, weight_decay, nesterov, maximize: as torch.optim.SGD's; weight decay and momentum
             come after the projection.
         alpha: α > 0 of the update. Smaller protects more; may be changed by schedulers like lr.
+        alpha_scale: "features" makes ν the running mean of ‖h̄‖², so that P is the same whatever the scale of the
+            features. None makes ν 1, the paper's fixed α.
         absorb: "after" projects with P_{t-1} and then absorbs; "before" absorbs first and projects with P_t (OWM).
         normalize: divide P by its Frobenius norm after each update; a dense P only.
         forget: the rate ρ in [0, 1] of P ← (1−ρ) P + ρ I after each update, which gives plasticity back.
@@ -71,6 +73,7 @@ class ProjectedSGD(Optimizer):
         *,
         maximize: bool = False,
         alpha: float | Tensor = 0.1,
+        alpha_scale: str | None = "features",
         absorb: str = "after",
         normalize: bool = False,
         forget: float = 0.0,
@@ -85,7 +88,8 @@ class ProjectedSGD(Optimizer):
         hyper = Hyperparameters(
             lr, momentum, dampening, weight_decay, nesterov, maximize, alpha, absorb, normalize, forget
         )
-        options = {"rank": rank, "capturable": capturable, "foreach": foreach, "fused": fused}
+        options = {"alpha_scale": alpha_scale, "rank": rank, "capturable": capturable}
+        options |= {"foreach": foreach, "fused": fused}
         checks.check_options(options, differentiable, process_group)
         backends.check_name(backend)
         check_ranks(process_group)
@@ -103,6 +107,7 @@ class ProjectedSGD(Optimizer):
         merged = self.defaults | (param_group if isinstance(param_group, dict) else {})
         checks.check_number("lr", merged["lr"], ">= 0", lambda lr: lr >= 0)
         checks.check_hyperparameters(Hyperparameters(*(merged[name] for name in HYPERPARAMETERS)))
+        checks.check_alpha_scale(merged["alpha_scale"])
         checks.check_rank(merged["rank"], merged["normalize"])
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -148,7 +153,7 @@ class ProjectedSGD(Optimizer):
         return P.dense()
 
     def reset_projection(self) -> None:
-        """Every P back to the identity: full plasticity, nothing protected."""
+        """Every P back to the identity, and its ν to none: full plasticity, nothing protected."""
         for state in self.state.values():
             P = head_state.get_projection(state)
             if P is not None:

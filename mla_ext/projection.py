@@ -17,14 +17,16 @@ class Projection:
     """P = B − KᵀK, or P = βI − KᵀK where there is no B (the rank form).
 
     base: B (s, s), or None. beta: β, 0-d, only where there is no B. rows: K (R, s), of which the first `count` are in
-    use; None where every update goes into B at once. count: 0-d int64 on the device of the weight. The other tensors
-    are float32 (float64 for float64 weights). A full K is folded into B, or compressed to its R/2 strongest directions.
+    use; None where every update goes into B at once. count: 0-d int64 on the device of the weight. nu: ν, 0-d, the mean
+    of ‖h̄‖² so far, 0 before the first; None: α alone is in d. The other tensors are float32 (float64 for float64
+    weights). A full K is folded into B, or compressed to its R/2 strongest directions.
     """
 
     base: Tensor | None = None
     beta: Tensor | None = None
     rows: Tensor | None = None
     count: Tensor | None = None
+    nu: Tensor | None = None
 
     @staticmethod
     def identity(s: int, rank: int | None, deferred: int, dtype: torch.dtype, device: torch.device) -> Projection:
@@ -41,13 +43,14 @@ class Projection:
         return made
 
     def reset_(self) -> None:
-        """Back to the identity, in place."""
+        """Back to the identity that has seen nothing, in place."""
         if self.base is not None:
             self.base.zero_().diagonal().fill_(1)
         if self.beta is not None:
             self.beta.fill_(1)
-        if self.count is not None:
-            self.count.zero_()
+        for number in (self.count, self.nu):
+            if number is not None:
+                number.zero_()
 
     def used_rows(self) -> Tensor:
         """K (R, s) with zeros where no row is in use: no host waits for the count."""
@@ -85,7 +88,7 @@ class Projection:
     def with_rank(self, rank: int | None) -> Projection:
         """This P as a matrix (None), or in the rank form with `rank` rows; the strongest directions stay exact."""
         if rank is None:
-            return self if self.base is not None else Projection(base=self.dense())
+            return self if self.base is not None else Projection(base=self.dense(), nu=self.nu)
         if self.rows is not None and self.beta is not None and len(self.rows) == rank:
             return self
         if self.beta is None:
@@ -100,10 +103,10 @@ class Projection:
         assert like is not None
         rows = like.new_zeros(rank, K.shape[1])
         rows[: len(K)] = K
-        return Projection(None, beta.to(like), rows, torch.tensor(len(K), device=rows.device))
+        return Projection(None, beta.to(like), rows, torch.tensor(len(K), device=rows.device), self.nu)
 
     def copy_to(self, dtype: torch.dtype, device: torch.device) -> Projection:
         """The same P in tensors of its own; the count stays an integer."""
-        parts = (self.base, self.beta, self.rows)
-        base, beta, rows = (None if t is None else t.to(device, dtype, copy=True) for t in parts)
-        return Projection(base, beta, rows, None if self.count is None else self.count.to(device, copy=True))
+        parts = (self.base, self.beta, self.rows, self.nu)
+        base, beta, rows, nu = (None if t is None else t.to(device, dtype, copy=True) for t in parts)
+        return Projection(base, beta, rows, None if self.count is None else self.count.to(device, copy=True), nu)

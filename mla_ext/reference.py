@@ -20,6 +20,7 @@ __all__ = [
     "entropy_fusion",
     "feature_mean",
     "head_step",
+    "next_nu",
     "rank_compress",
     "rank_head_step",
     "rank_product",
@@ -56,6 +57,20 @@ class Hyperparameters:
 def feature_mean(features: Tensor) -> Tensor:
     """h̄ = (1/N) Σ_k h(x_k), eq. 4: (N, s) -> (s,)."""
     return features.to(accumulate_dtype(features.dtype)).mean(dim=0)
+
+
+NU_RATE = 0.1
+"""How fast ν follows ‖h̄‖²: the exponential mean's weight of the newest."""
+
+
+def next_nu(nu: Tensor, feature_mean: Tensor) -> Tensor:
+    """ν_t, the exponential mean of ‖h̄‖² with this one in it: 0-d. It is 0 before the first, and then ‖h̄‖² itself.
+
+    With alpha_scale="features" the α of an update is αν_t, so that P is the same whatever the scale of the features.
+    The caller keeps the old ν where the update has no finite d.
+    """
+    squares = torch.dot(feature_mean, feature_mean)
+    return torch.where(nu == 0, squares, nu + NU_RATE * (squares - nu))
 
 
 def rls_update(

@@ -267,7 +267,7 @@ class TestRecording:
 
     def make(self):
         head = nn.Linear(6, 3, bias=False)
-        optimizer = ProjectedSGD(head.parameters(), lr=0.0, rank=None)
+        optimizer = ProjectedSGD(head.parameters(), lr=0.0, alpha_scale=None, rank=None)
         optimizer.attach(head)
         return head, optimizer
 

@@ -35,6 +35,7 @@ OTHER = {
     "weight_decay": 0.001,
     "nesterov": True,
     "alpha": 0.2,
+    "alpha_scale": "none",
     "absorb": "before",
     "forget": 0.01,
     "normalize": True,
@@ -92,7 +93,7 @@ def test_every_setting_changes_the_training(tmp_path, file):
     plain = metrics("plain", base)
     alone = {"rank": 2, "dampening": 0.5, "schedule": "cosine", "normalize": True, "label_smoothing": 0.1}
     alone |= {"clip_grad_norm": 0.1, "reset_projection": True, "order": "reversed", "forget": 0.5, "nesterov": True}
-    alone |= {"absorb": "before", "amp": "bf16"}
+    alone |= {"absorb": "before", "amp": "bf16", "alpha_scale": "none"}
     changed = {name: metrics(name, base | {name: value}) for name, value in alone.items()}
     assert [name for name, text in changed.items() if text == plain] == []
     assert len({plain, *changed.values()}) == len(changed) + 1

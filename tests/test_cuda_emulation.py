@@ -33,6 +33,7 @@ SIZES = (1, 7, 33, 512, 513, 1030)
 CLASSES = (1, 2, 6, 101)
 BATCHES = (1, 64, 257)
 NAN = float("nan")
+NU = 14  # array of a head step's call
 USUAL = Hyperparameters(lr=0.1, momentum=0.9, weight_decay=0.01)
 
 
@@ -75,6 +76,7 @@ class HeadCase:
     absorbs: bool = True
     with_momentum: bool = True
     scalar_pointers: bool = False  # lr and alpha from the device, another in each step
+    nu: float | None = None  # None: alpha is not scaled
     grad_scale: float | None = None
     found_inf: tuple[int, ...] = ()
     product_given: bool = False
@@ -120,14 +122,15 @@ class HeadCase:
         """P for the driver: how many rows there is room for; B; K, beta and count."""
         return 0, x["P"], [None, None, None]
 
-    def expected(self, double: bool) -> tuple[Tensor, Tensor | None, Any, list[Tensor]]:
-        """weight, momentum_buffer and P after the steps, and each step's G P."""
+    def expected(self, double: bool) -> tuple[Tensor, Tensor | None, Any, list[Tensor], Tensor | None]:
+        """weight, momentum_buffer and P after the steps, each step's G P, and nu."""
         x = self.inputs()
         if double:
             x = {name: value.double() for name, value in x.items()}
         weight, P = x["weight"], self.start(x)
         buffer = x["buffer"] if self.with_momentum else None
         step, products = torch.tensor(float(self.steps_before)), []
+        nu = None if self.nu is None else x["means"].new_tensor(self.nu)
         for t in range(self.steps):
             grad = x["grads"][t]
             products.append(self.product(grad, P))
@@ -138,9 +141,12 @@ class HeadCase:
                 hyper = replace(hyper, lr=x["lr"][t].item(), alpha=x["alpha"][t].item())
             scaled = grad / self.grad_scale if self.grad_scale else grad
             mean = x["means"][t] if self.absorbs else None
+            if nu is not None and mean is not None:
+                nu = reference.next_nu(nu, mean)
+                hyper = replace(hyper, alpha=hyper.alpha * nu)
             weight, buffer, P = self.advance(weight, scaled, buffer, P, mean, step, hyper)
             step = step + 1
-        return weight, buffer, P, products
+        return weight, buffer, P, products, nu
 
     def call(self) -> Call:
         x, h = self.inputs(), self.hyper
@@ -163,6 +169,7 @@ class HeadCase:
             torch.tensor(self.found_inf, dtype=torch.float32) if self.found_inf else None,
             products,
             *rows,
+            None if self.nu is None else torch.tensor(self.nu, dtype=self.accumulate),
         ]
         reals = [h.lr, h.momentum, h.dampening, h.weight_decay, h.alpha, h.forget]
         return Call(harness.HEAD_STEP, integers, reals, arrays, self.device, self.order)
@@ -174,6 +181,8 @@ class HeadCase:
         if self.with_momentum:
             assert_accurate(buffer, exact[1], plain[1], f"momentum_buffer of {self}")
         self.check_projection(arrays, exact[2], plain[2])
+        if self.nu is not None:
+            assert_accurate(arrays[NU], exact[4], plain[4], f"nu of {self}")
         assert step == self.steps_before + self.steps - sum(self.found_inf), f"step of {self}"
 
     def check_projection(self, arrays: list[Tensor | None], exact: Any, plain: Any) -> None:
@@ -214,6 +223,7 @@ def option_cases(
                 steps_before=i % 2,
                 with_momentum=mode["momentum"] > 0,
                 scalar_pointers=i % 5 == 0,
+                nu=(None, 0.0, 20.0)[(i + i // 3) % 3],
                 grad_scale=8.0 if i % 3 == 0 else None,
                 found_inf=((1, 0, 0), (0, 1, 0), ())[i % 3 if not product_given else 1],
                 product_given=product_given,

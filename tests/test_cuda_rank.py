@@ -166,9 +166,9 @@ def test_features_that_p_has_almost_absorbed(fast, tmp_path, noise):
 def test_a_count_beyond_the_rows_touches_no_other_memory(sanitized, tmp_path):
     call = RankCase(33, 2, torch.float32, H100, MOMENTUM, capacity=4, used=3).call()
     for count in (4, 1 << 40, -1):
-        wrong = replace(call, arrays=[*call.arrays[:COUNT], torch.tensor(count)])
-        ((*_, after),) = harness.run(sanitized, [wrong], tmp_path)
-        assert 0 <= after < 4
+        wrong = replace(call, arrays=[*call.arrays[:COUNT], torch.tensor(count), *call.arrays[COUNT + 1 :]])
+        (after,) = harness.run(sanitized, [wrong], tmp_path)
+        assert 0 <= after[COUNT] < 4
 
 
 def test_same_bits_in_every_order(fast, tmp_path):

@@ -175,7 +175,7 @@ def test_a_state_dict_is_whole_at_any_time():
     head, optimizer = make()
     train(head, optimizer, 5)
     saved = copy.deepcopy(optimizer.state_dict())
-    assert set(saved["state"][0]) == {"base", "rows", "count", "momentum_buffer", "step"}
+    assert set(saved["state"][0]) == {"base", "rows", "count", "nu", "momentum_buffer", "step"}
     other, again = make()
     train(other, again, 3, seed=50)  # its own waiting updates must not survive
     again.load_state_dict(saved)

@@ -75,7 +75,7 @@ def test_schedulers_reach_it_as_they_reach_sgd(scheduler):
 def test_an_attached_head_steps_as_the_reference(options, dtype):
     model = network(dtype=dtype)
     shadow = copy.deepcopy(model)
-    optimizer = ProjectedSGD(model.parameters(), lr=0.1, alpha=0.05, **options)
+    optimizer = ProjectedSGD(model.parameters(), lr=0.1, alpha=0.05, alpha_scale=None, **options)
     optimizer.attach(model[2])
     sgd_names = ("momentum", "dampening", "weight_decay", "nesterov", "maximize")
     plain = torch.optim.SGD(
@@ -104,9 +104,8 @@ def test_an_attached_head_steps_as_the_reference(options, dtype):
 def test_groups_have_their_own_alpha_and_two_heads_their_own_projection():
     torch.manual_seed(0)
     first, second = nn.Linear(4, 3), nn.Linear(6, 2)
-    optimizer = ProjectedSGD(
-        [{"params": first.parameters(), "alpha": 10.0}, {"params": second.parameters(), "lr": 0.0}], lr=0.1, alpha=0.01
-    )
+    groups = [{"params": first.parameters(), "alpha": 10.0}, {"params": second.parameters(), "lr": 0.0}]
+    optimizer = ProjectedSGD(groups, lr=0.1, alpha=0.01, alpha_scale=None)
     optimizer.attach(first)
     optimizer.attach(second)
     kept = second.weight.detach().clone()
@@ -120,7 +119,7 @@ def test_groups_have_their_own_alpha_and_two_heads_their_own_projection():
 
 
 def test_alpha_and_forget_follow_their_param_group():
-    model, optimizer, _ = attached({"alpha": 0.5})
+    model, optimizer, _ = attached({"alpha": 0.5, "alpha_scale": None})
     optimizer.param_groups[0]["alpha"] = 0.001
     optimizer.param_groups[0]["forget"] = 0.25
     x, _ = batch(0)
@@ -188,7 +187,7 @@ def test_features_are_never_used_twice():
 
 def test_inputs_with_more_dimensions_and_keywords_are_recorded():
     head = nn.Linear(4, 2)
-    optimizer = ProjectedSGD(head.parameters(), lr=0.1)
+    optimizer = ProjectedSGD(head.parameters(), lr=0.1, alpha_scale=None)
     optimizer.attach(head)
     x = torch.rand(2, 3, 4)
     head(input=x).sum().backward()

@@ -324,7 +324,7 @@ ALMOST_ABSORBED = {
 @pytest.mark.parametrize(("dtype", "scale", "alpha", "noise"), ALMOST_ABSORBED.values(), ids=ALMOST_ABSORBED)
 def test_p_stays_between_0_and_the_identity_where_little_is_left_of_k(dtype, scale, alpha, noise, backend, s, rank):
     weight = torch.nn.Parameter(torch.zeros(2, s, dtype=dtype))
-    optimizer = ProjectedSGD([weight], lr=0.0, alpha=alpha, rank=rank, backend=backend)
+    optimizer = ProjectedSGD([weight], lr=0.0, alpha=alpha, alpha_scale=None, rank=rank, backend=backend)
     weight.grad = torch.zeros_like(weight)
     for t in range(200):
         features = scale * (randn(1, s) + noise * randn(1, s, seed=t + 1))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from evidence_data import write_data
 
-from benchmarks.evidence import frontier, kept, plasticity, rank
+from benchmarks.evidence import defaults, frontier, kept, plasticity, rank
 from benchmarks.evidence.rank import FORMS, SCALED_ALPHA, USUAL_ALPHA, Gain, RankRun, Study, execute, limited
 from benchmarks.evidence.runs import Results
 from mla_ext import ProjectedSGD, _library, load_npz, reference
@@ -115,6 +115,23 @@ def test_the_page_of_what_is_kept(source, tmp_path, monkeypatch):
     assert len(results) == 2 * len(kept.VARIANTS)
     page = (tmp_path / "rank_kept.md").read_text("utf-8")
     assert page.count("the newest R/2, β as it was") == 2 and "| toy | 20 | 2 | dense | - | - |" in page
+
+
+# ---- The default of alpha --------------------------------------------------------------------------------------------
+
+
+def test_the_page_of_the_default(source, tmp_path, monkeypatch):
+    """Every setting has its own runs, and a rate that is not the default's takes effect."""
+    monkeypatch.setattr(defaults, "ALPHAS", (0.1,))
+    runs, usual = tmp_path / "runs.jsonl", reference.NU_RATE
+    defaults.main(["--data", source, *TINY, "--workers", "1", "--runs", str(runs), "--out", str(tmp_path)])
+    made = [json.loads(line)["run"] for line in runs.read_text().splitlines()]
+    settings = [(None, None), (0.1, None), (0.1, 0.01), (0.1, 0.1)]
+    assert sorted(map(str, {(run["alpha"], run["rate"]) for run in made})) == sorted(map(str, settings))
+    assert len(made) == 2 * len(settings) and usual == reference.NU_RATE
+    page = (tmp_path / "defaults.md").read_text("utf-8")
+    assert page.count("\n| 0.1 ν, rate 0.1 |") == 3 and page.count("\n| 0.1 ν, rate 0.01 |") == 1
+    assert page.count("\n| 0.1, fixed |") == 3
 
 
 # ---- The frontier ----------------------------------------------------------------------------------------------------

@@ -119,7 +119,7 @@ class Machine(RuleBasedStateMachine):
         self.modules.to(dtype)
         if nesterov:
             options |= {"momentum": 0.9, "dampening": 0.0, "nesterov": True}
-        self.options = {"lr": 0.1} | options
+        self.options = {"lr": 0.1, "alpha_scale": None} | options
         self.optimizer = self.make_optimizer()
         self.attached: set[str] = set()  # by a hook
         self.projected: set[str] = set()  # attached or observed since the optimizer was made

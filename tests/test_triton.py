@@ -49,6 +49,7 @@ RANK_SUITE = (
     "triton and not (90-64 or 150-100 or 7-2-4 or (320 and not before_forget)"
     " or (40-33-4 and not (before_forget or momentum)) or (test_numbers and -33-))"
 )
+SCALE_SUITE = "triton and not features and not dtype1 and not dtype2"
 SPOT_CHECKS = """
 import torch
 from mla_ext import ops, reference
@@ -139,6 +140,15 @@ def test_the_rank_form_in_the_interpreter():
     assert int(re.search(r"(\d+) passed", result.stdout)[1]) > 25
 
 
+def test_a_scaled_alpha_in_the_interpreter():
+    result = run(
+        *("-m", "pytest", "-q", "-p", "triton_interpreter", "test_alpha_scale.py", "-k", SCALE_SUITE),
+        TRITON_INTERPRET="1",
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert int(re.search(r"(\d+) passed", result.stdout)[1]) > 10
+
+
 def test_what_the_parity_suite_is_too_small_for():
     result = run("-W", "ignore", "-c", SPOT_CHECKS, TRITON_INTERPRET="1")
     assert result.returncode == 0, result.stderr
@@ -150,7 +160,7 @@ from mla_ext import backends, reference
 assert mla_ext.build_info()["backends"] == ["triton", "reference"], mla_ext.build_info()
 torch.manual_seed(0)
 head = torch.nn.Linear(5, 3)
-optimizer = mla_ext.ProjectedSGD(head.parameters(), lr=0.1)
+optimizer = mla_ext.ProjectedSGD(head.parameters(), lr=0.1, alpha_scale=None)
 optimizer.attach(head)
 x = torch.randn(4, 5)
 head(x).square().sum().backward()
@@ -272,7 +282,7 @@ def head_step(C, s, dtype, hyper, scaled=False):
     momentum_buffer = torch.zeros(C, s, **like) if has_momentum(hyper.momentum) else None
     scale, overflow = (torch.ones(()), torch.zeros(())) if scaled else (None, None)
     tensors = (weight, grad, momentum_buffer, torch.eye(s, **like), torch.zeros(s, **like), torch.zeros(()))
-    triton_kernels.head_step_(*tensors, hyper, scale, overflow)
+    triton_kernels.head_step_(*tensors, hyper, scale, overflow, torch.zeros((), **like) if scaled else None)
 
 
 def rank_step(C, s, R, dtype, hyper, scaled=False):
@@ -283,6 +293,7 @@ def rank_step(C, s, R, dtype, hyper, scaled=False):
     momentum_buffer = torch.zeros(C, s, **like) if has_momentum(hyper.momentum) else None
     scaling = (torch.ones(()), torch.zeros(())) if scaled else (None, None)
     P = Projection.identity(s, R, 0, like["dtype"], CPU)
+    P.nu = torch.zeros((), **like) if scaled else None
     triton_kernels.rank_step_(
         HeadStep(weight, grad, momentum_buffer, P, torch.zeros(s, **like), torch.zeros(()), hyper, *scaling)
     )

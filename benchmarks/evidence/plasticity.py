@@ -70,7 +70,7 @@ def run(
 ) -> tuple[float, ...]:
     """Plasticity, interference and accuracy. alpha None: plain SGD; options: further ones of ProjectedSGD."""
     settings = replace(Settings(), method="alternating" if alpha is None else "mla", seed=seed, epochs=epochs)
-    settings = replace(settings, width=width, alpha=Settings.alpha if alpha is None else alpha)
+    settings = replace(settings, width=width, alpha=Settings.alpha if alpha is None else alpha, alpha_scale=None)
     model, optimizer = build(data, settings)
     for group in optimizer.param_groups:
         group.update(options)

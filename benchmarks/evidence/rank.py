@@ -2,8 +2,8 @@
 
 `python -m benchmarks.evidence.rank --data digits FILE.npz … [--seeds 5]`; `make rank` for this and the picture.
 
-Every run has the settings of `mla-ext train`, and differs from its neighbours in nothing but P. alpha is 0.1, the
-default, or SCALED times the mean of ‖h̄‖² over the steps of alternation alone with seed 0, which protects less. Results
+Every run has the settings of `mla-ext train`, and differs from its neighbours in nothing but P. alpha is fixed: 0.1,
+or SCALED times the mean of ‖h̄‖² over the steps of alternation alone with seed 0, which protects less. Results
 of runs are kept in a file and not made again. Writes rank.md and rank.csv to benchmarks/results/.
 """
 
@@ -178,6 +178,10 @@ class Gain:
         """The mean, with its 95 % interval over the pairs."""
         low, high = interval([*self.over.values()])
         return f"{statistics.mean(self.over.values()):+.2f} [{low:+.2f}, {high:+.2f}]"
+
+    def of(self, name: str) -> str:
+        """The mean of one data set."""
+        return f"{statistics.mean(value for (of, _), value in self.over.items() if of == name):+.1f}"
 
     def worst(self) -> str:
         """The data set that gains the least."""

@@ -58,7 +58,7 @@ struct PyTorch {
   X(params) X(grads) X(momentum_buffers) X(first_step) X(grad_scale) X(hyper)                       \
   X(lr) X(momentum) X(dampening) X(weight_decay) X(nesterov) X(maximize)                            \
   X(alpha) X(absorb) X(normalize) X(forget)                                                         \
-  X(weight) X(grad) X(momentum_buffer) X(projection) X(base) X(beta) X(rows) X(count)               \
+  X(weight) X(grad) X(momentum_buffer) X(projection) X(base) X(beta) X(rows) X(count) X(nu)         \
   X(feature_mean) X(step) X(found_inf) X(is_neg)
 // clang-format on
 struct Names {
@@ -266,7 +266,8 @@ bool get_plain(PyObject* object, bool fma, Plain& plain) {
 bool get_projection(PyObject* object, const HeadStep& step, mla_ext::Projection& P) {
   const DType A = accumulate(step.dtype);
   if (object == nullptr || !get_optional(attribute(object, names.base), A, {step.s, step.s}, P.base) ||
-      !get_optional(attribute(object, names.beta), A, {}, P.beta) || (P.base == nullptr) == (P.beta == nullptr)) {
+      !get_optional(attribute(object, names.beta), A, {}, P.beta) ||
+      !get_optional(attribute(object, names.nu), A, {}, P.nu) || (P.base == nullptr) == (P.beta == nullptr)) {
     return false;
   }
   PyObject* rows = attribute(object, names.rows);

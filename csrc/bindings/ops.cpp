@@ -21,11 +21,16 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, mla_ext::cpu::Body 
 
 // P = base or beta I, minus the rows; nullptr and 0 for what is not there.
 mla_ext::Projection projection_of(const std::optional<Tensor>& base, const std::optional<Tensor>& beta,
-                                  const std::optional<Tensor>& rows, const std::optional<Tensor>& count, int64_t s,
-                                  ScalarType accumulate) {
+                                  const std::optional<Tensor>& rows, const std::optional<Tensor>& count,
+                                  const std::optional<Tensor>& nu, int64_t s, ScalarType accumulate) {
   check_rows(base, beta, rows, count, s, accumulate, kDevice);
-  return {pointer(base), pointer(beta), pointer(rows), static_cast<int64_t*>(pointer(count)),
-          rows.has_value() ? rows->size(0) : 0};
+  check(nu, "nu", {}, accumulate, kDevice);
+  return {pointer(base),
+          pointer(beta),
+          pointer(rows),
+          static_cast<int64_t*>(pointer(count)),
+          rows.has_value() ? rows->size(0) : 0,
+          pointer(nu)};
 }
 
 // G B by PyTorch's BLAS, for a workspace.
@@ -64,7 +69,8 @@ void head_step_(Tensor weight, const Tensor& grad, std::optional<Tensor> momentu
                 const std::optional<Tensor>& feature_mean, Tensor step, double lr, double momentum, double dampening,
                 double weight_decay, bool nesterov, bool maximize, double alpha, double forget, bool absorb_before,
                 bool normalize, const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
-                const std::optional<Tensor>& lr_tensor, const std::optional<Tensor>& alpha_tensor) {
+                const std::optional<Tensor>& lr_tensor, const std::optional<Tensor>& alpha_tensor,
+                std::optional<Tensor> nu) {
   check_head_step(weight, grad, momentum_buffer, base, feature_mean, step, kDevice);
   const int64_t C = weight.size(0), s = weight.size(1);
   const mla_ext::HeadStep arguments{
@@ -74,7 +80,7 @@ void head_step_(Tensor weight, const Tensor& grad, std::optional<Tensor> momentu
       weight.data_ptr(),
       grad.data_ptr(),
       pointer(momentum_buffer),
-      projection_of(base, beta, rows, count, s, accumulate_type(weight)),
+      projection_of(base, beta, rows, count, nu, s, accumulate_type(weight)),
       pointer(feature_mean),
       static_cast<float*>(step.data_ptr()),
       {lr, momentum, dampening, weight_decay, alpha, forget, nesterov, maximize, absorb_before, normalize,
@@ -103,7 +109,7 @@ void head_step_(Tensor weight, const Tensor& grad, std::optional<Tensor> momentu
 
 void settle_(std::optional<Tensor> base, std::optional<Tensor> beta, Tensor rows, Tensor count) {
   const int64_t s = rows.dim() == 2 ? rows.size(1) : 0;
-  const mla_ext::Projection projection = projection_of(base, beta, rows, count, s, accumulate_type(rows));
+  const mla_ext::Projection projection = projection_of(base, beta, rows, count, std::nullopt, s, accumulate_type(rows));
   const int64_t used = *projection.count;
   STD_TORCH_CHECK(used >= 0 && used <= rows.size(0), "count: expected 0 to ", rows.size(0), ", got ", used);
   mla_ext::cpu::kernels().settle(dtype_of(rows, "rows"), projection, s, parallel_for);
@@ -134,7 +140,7 @@ STABLE_TORCH_LIBRARY(mla_ext, library) {
       "Tensor(e!)? rows, Tensor(f!)? count, Tensor? feature_mean, Tensor(g!) step, float lr, float momentum, "
       "float dampening, float weight_decay, bool nesterov, bool maximize, float alpha, float forget, "
       "bool absorb_before, bool normalize, Tensor? grad_scale, Tensor? found_inf, Tensor? lr_tensor=None, "
-      "Tensor? alpha_tensor=None) -> ()");
+      "Tensor? alpha_tensor=None, Tensor(h!)? nu=None) -> ()");
   library.def("settle_(Tensor(a!)? base, Tensor(b!)? beta, Tensor(c!) rows, Tensor(d!) count) -> ()");
   library.def("entropy_fusion(Tensor logits, Tensor? present) -> (Tensor fused, Tensor weights)");
 }

@@ -80,9 +80,11 @@ void head_step_(Tensor weight, const Tensor& grad, std::optional<Tensor> momentu
                 const std::optional<Tensor>& feature_mean, Tensor step, double lr, double momentum, double dampening,
                 double weight_decay, bool nesterov, bool maximize, double alpha, double forget, bool absorb_before,
                 bool normalize, const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
-                const std::optional<Tensor>& lr_tensor, const std::optional<Tensor>& alpha_tensor) {
+                const std::optional<Tensor>& lr_tensor, const std::optional<Tensor>& alpha_tensor,
+                std::optional<Tensor> nu) {
   check_head_step(weight, grad, momentum_buffer, base, feature_mean, step, kDevice);
   check_rows(base, beta, rows, count, weight.size(1), accumulate_type(weight), kDevice);
+  check(nu, "nu", {}, accumulate_type(weight), kDevice);
   const bool is_dense = base.has_value();
   STD_TORCH_CHECK(!(is_dense && rows.has_value()), "rows: expected none beside base; the CUDA kernels defer nothing");
   STD_TORCH_CHECK(is_dense || rows->size(0) >= 2, "rows: expected at least 2 rows, got ", rows->size(0));
@@ -93,6 +95,7 @@ void head_step_(Tensor weight, const Tensor& grad, std::optional<Tensor> momentu
   check_same_gpu(beta, "beta", weight);
   check_same_gpu(rows, "rows", weight);
   check_same_gpu(count, "count", weight);
+  check_same_gpu(nu, "nu", weight);
   check_same_gpu(feature_mean, "feature_mean", weight);
   check_same_gpu(step, "step", weight);
 
@@ -103,8 +106,9 @@ void head_step_(Tensor weight, const Tensor& grad, std::optional<Tensor> momentu
   arguments.weight = weight.data_ptr();
   arguments.grad = grad.data_ptr();
   arguments.momentum_buffer = pointer(momentum_buffer);
-  arguments.projection = {pointer(base), pointer(beta), pointer(rows), static_cast<int64_t*>(pointer(count)),
-                          rows.has_value() ? rows->size(0) : 0};
+  arguments.projection = {
+      pointer(base), pointer(beta), pointer(rows), static_cast<int64_t*>(pointer(count)), is_dense ? 0 : rows->size(0),
+      pointer(nu)};
   arguments.feature_mean = pointer(feature_mean);
   arguments.step = static_cast<float*>(step.data_ptr());
   arguments.hyper = {lr,

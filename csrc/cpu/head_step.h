@@ -31,7 +31,7 @@ void deferred_step(const HeadStep& step, const A* G, const A* h, A* Z, ParallelF
     A* k = Z + C * s;
     Scratch<A> t(count);
     correct(h, k, 1, count, A(1), t.get());
-    rank_one = scale_to_u(k, h, s, A(alpha_of(step.hyper)));
+    rank_one = scale_to_u(k, h, s, step.hyper, step.projection.nu);
     if (rank_one.absorbed) std::memcpy(K + count * s, k, sizeof(A) * s);
   }
   const int64_t absorbed = count + (rank_one.absorbed ? 1 : 0);
@@ -61,7 +61,7 @@ void dense_step(const HeadStep& step, const Workspace& workspace, ParallelFor pa
   const A* h = static_cast<const A*>(step.feature_mean);
   if (step.hyper.absorb_before && h != nullptr && (!deferred || workspace.product != nullptr)) {
     if (deferred) fold<A>(step.projection, s, A(1), parallel_for);
-    rls_update<A>(B, h, s, step.hyper, parallel_for);
+    rls_update<A>(B, h, s, step.hyper, step.projection.nu, parallel_for);
     h = nullptr;
   }
 
@@ -80,7 +80,7 @@ void dense_step(const HeadStep& step, const Workspace& workspace, ParallelFor pa
   }
   if (deferred) return deferred_step<T, A>(step, G, h, Z, parallel_for);
 
-  const RankOne<A> rank_one = h == nullptr ? RankOne<A>{0, false} : scale_to_u(k, h, s, A(alpha_of(step.hyper)));
+  const RankOne<A> rank_one = h == nullptr ? RankOne<A>{0, false} : scale_to_u(k, h, s, step.hyper, step.projection.nu);
   parallel(parallel_for, s, kElementsPerTask / (C + s), [&](int64_t begin, int64_t end) {
     sgd<T, A>(step, Z + begin * C, begin * C, end * C);
     if (!rank_one.absorbed) return;

@@ -37,7 +37,7 @@ void any_rls_update(DType accumulate, void* base, const void* h, int64_t s, cons
                     ParallelFor parallel_for) {
   dispatch(accumulate, [&](auto t) {
     using A = typename Accumulate<decltype(t)>::type;
-    rls_update<A>(static_cast<A*>(base), static_cast<const A*>(h), s, hyper, parallel_for);
+    rls_update<A>(static_cast<A*>(base), static_cast<const A*>(h), s, hyper, nullptr, parallel_for);
   });
 }
 

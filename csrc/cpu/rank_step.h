@@ -121,9 +121,11 @@ void append_row(const HeadStep& step, const A* h, const A* k, ParallelFor parall
   // h.k >= |k|^2 / beta, as P lies between 0 and beta I. The larger one, as rounding may break that where k is almost
   // 0. k is P h only to within epsilon beta |h|: a smaller d would let its error make P indefinite.
   const A noise = kRankNoise<A> * beta * squares;
-  const A alpha = A(alpha_of(step.hyper)), least = dots[1] / beta;
-  const A d = (noise > alpha ? noise : alpha) + (least > dots[0] ? least : dots[0]);
+  const A least = dots[1] / beta;
+  const Alpha<A> alpha(step.hyper, step.projection.nu, squares);
+  const A d = (noise > alpha.value ? noise : alpha.value) + (least > dots[0] ? least : dots[0]);
   if (!std::isfinite(d) || !(d > 0)) return;
+  alpha.keep(step.projection.nu);
   if (dots[0] >= noise) {  // else P has nothing left along h
     const A root = std::sqrt(d);
     for (int64_t j = 0; j < s; ++j) K[count * s + j] = k[j] / root;

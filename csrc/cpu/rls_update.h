@@ -1,4 +1,4 @@
-// P <- P - k k^T / d with k = P h and d = alpha + h.k, then forgetting, then normalisation.
+// P <- P - k k^T / d with k = P h and d = alpha nu + h.k, then forgetting, then normalisation.
 #pragma once
 
 #include <cmath>
@@ -13,6 +13,23 @@ inline double alpha_of(const Hyperparameters& hyper) {
   return hyper.alpha_tensor == nullptr ? hyper.alpha : *hyper.alpha_tensor;
 }
 
+// The alpha of d: hyper's, times the nu that |h|^2 = squares makes of `nu`, where there is one.
+template <class A>
+struct Alpha {
+  A next = 0, value;
+
+  Alpha(const Hyperparameters& hyper, const void* nu, A squares) : value(A(alpha_of(hyper))) {
+    if (nu == nullptr) return;
+    const A old = *static_cast<const A*>(nu);
+    next = old == 0 ? squares : old + A(kNuRate) * (squares - old);
+    value *= next;
+  }
+  // Once the mean is absorbed.
+  void keep(void* nu) const {
+    if (nu != nullptr) *static_cast<A*>(nu) = next;
+  }
+};
+
 // What an update subtracts from P: sign * u u^T, with u = k / sqrt|d|.
 template <class A>
 struct RankOne {
@@ -20,16 +37,22 @@ struct RankOne {
   bool absorbed;  // false: d is not usable, P stays
 };
 
-// Turns k into u, in place.
+// Turns k into u, in place; nu, or null, takes in |h|^2.
 template <class A>
-RankOne<A> scale_to_u(A* k, const A* h, int64_t s, A alpha) {
-  Vec<A> sums = {};
+RankOne<A> scale_to_u(A* k, const A* h, int64_t s, const Hyperparameters& hyper, void* nu) {
+  Vec<A> sums = {}, square_sums = {};
   int64_t j = 0;
-  for (; j + kLanes<A> <= s; j += kLanes<A>) sums += load(h + j) * load(k + j);
-  A d = sum<A>(sums);
-  for (; j < s; ++j) d += h[j] * k[j];
-  d += alpha;
+  for (; j + kLanes<A> <= s; j += kLanes<A>) {
+    const Vec<A> x = load(h + j);
+    sums += x * load(k + j);
+    square_sums += x * x;
+  }
+  A d = sum<A>(sums), squares = sum<A>(square_sums);
+  for (; j < s; ++j) d += h[j] * k[j], squares += h[j] * h[j];
+  const Alpha<A> alpha(hyper, nu, squares);
+  d += alpha.value;
   if (!std::isfinite(d) || d == 0) return {0, false};
+  alpha.keep(nu);
   const A root = std::sqrt(std::fabs(d));
   for (j = 0; j < s; ++j) k[j] /= root;
   return {d > 0 ? A(1) : A(-1), true};
@@ -70,10 +93,10 @@ void normalize(A* P, int64_t s, ParallelFor parallel_for) {
 }
 
 template <class A>
-void rls_update(A* P, const A* h, int64_t s, const Hyperparameters& hyper, ParallelFor parallel_for) {
+void rls_update(A* P, const A* h, int64_t s, const Hyperparameters& hyper, void* nu, ParallelFor parallel_for) {
   Scratch<A> k(s);
   project<A>(P, nullptr, 0, h, s, k.get(), parallel_for);
-  const RankOne<A> rank_one = scale_to_u(k.get(), h, s, A(alpha_of(hyper)));
+  const RankOne<A> rank_one = scale_to_u(k.get(), h, s, hyper, nu);
   if (!rank_one.absorbed) return;
   parallel(parallel_for, s, kElementsPerTask / s, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) update_row(P + i * s, k.get(), i, s, rank_one.sign, A(hyper.forget));

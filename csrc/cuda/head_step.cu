@@ -24,19 +24,23 @@ struct Workspace {
   A* k;           // (s): first, since it is read by vectors
   A* Z;           // (C, s): G P, of the two-launch step
   A* mean_dot_k;  // (blocks): partial sums of h̄ᵀk
+  A* h_dot_h;     // (blocks): and of ‖h̄‖²
   A* grad_dot_k;  // (C, blocks): partial sums of G k, of the one-launch step
   A* squares;     // (blocks): partial sums of ‖P‖²
   A* first_step;  // 1 or 0, of the two-launch step
+  A* old_nu;      // ν before the step, of the two-launch step
 
   static int64_t max_blocks(int64_t s) { return ceil_div(s, kRowsPerWarp); }
-  static size_t elements(int64_t C, int64_t s) { return static_cast<size_t>(s + C * s + max_blocks(s) * (C + 2) + 1); }
+  static size_t elements(int64_t C, int64_t s) { return static_cast<size_t>(s + C * s + max_blocks(s) * (C + 3) + 2); }
   Workspace(void* memory, int64_t C, int64_t s)
       : k(static_cast<A*>(memory)),
         Z(k + s),
         mean_dot_k(Z + C * s),
-        grad_dot_k(mean_dot_k + max_blocks(s)),
+        h_dot_h(mean_dot_k + max_blocks(s)),
+        grad_dot_k(h_dot_h + max_blocks(s)),
         squares(grad_dot_k + C * max_blocks(s)),
-        first_step(squares + max_blocks(s)) {}
+        first_step(squares + max_blocks(s)),
+        old_nu(first_step + 1) {}
 };
 
 template <typename T>
@@ -44,14 +48,19 @@ struct Arguments : StepArguments<T> {
   using A = accumulate_t<T>;
 
   A* P;
+  A* nu;       // or null
   const A* Z;  // of the two-launch step
   Workspace<A> workspace;
 
   Arguments(const HeadStep& step, const void* Z, void* memory)
       : StepArguments<T>(step),
         P(static_cast<A*>(step.projection.base)),
+        nu(static_cast<A*>(step.projection.nu)),
         Z(static_cast<const A*>(Z)),
         workspace(memory, step.C, step.s) {}
+
+  /// Of a launch after the one that kept ν.
+  __device__ Alpha<A> old_alpha() const { return {this->hyper, nu ? workspace.old_nu : nullptr}; }
 };
 
 template <typename A, int kWidth>
@@ -67,6 +76,28 @@ __device__ inline Vector<A, kWidth> scaled(Vector<A, kWidth> v, A factor) {
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) v.at[i] *= factor;
   return v;
+}
+
+/// d = αν + h̄ᵀk, and ‖h̄‖², from the sums of `blocks` blocks.
+template <typename T>
+struct Denominator {
+  using A = accumulate_t<T>;
+  A d, squares;
+
+  __device__ Denominator(const Arguments<T>& a, const Alpha<A>& alpha, int64_t blocks)
+      : squares(alpha.scaled ? sum_of(a.workspace.h_dot_h, blocks) : A(0)) {
+    d = alpha(squares) + sum_of(a.workspace.mean_dot_k, blocks);
+  }
+};
+
+/// A warp's part of h̄ᵀk and of ‖h̄‖²: those of the rows of P that the block has, of which each lane may have one.
+template <typename T>
+__device__ inline void sum_products(const Arguments<T>& a, accumulate_t<T> h, accumulate_t<T> k) {
+  const auto mean_dot_k = warp_sum(h * k), h_dot_h = warp_sum(h * h);
+  if (lane_index() == 0) {
+    a.workspace.mean_dot_k[blockIdx.x] = mean_dot_k;
+    a.workspace.h_dot_h[blockIdx.x] = h_dot_h;
+  }
 }
 
 /// The whole step in one launch: P is read once and written once, and in between its rows stay in shared memory.
@@ -88,7 +119,7 @@ __global__ void __launch_bounds__(ProductTraits<accumulate_t<T>>::kMaxThreads, 1
   // All is read here, before the grid barrier: after it one thread increments the step.
   const bool skipped = a.skipped();
   const Sgd<T> sgd(a.weight, a.momentum_buffer, a.hyper, a.grad_scale, a.first_step());
-  const A alpha = alpha_of<A>(a.hyper);
+  const Alpha<A> alpha(a.hyper, a.nu);
 
   multiply<kAligned>(tiling, shared, a.grad, a.feature_mean, a.P, first_row, rows,
                      [&](int row, int c, A value) { z[c * rows + row] = value; });
@@ -108,10 +139,7 @@ __global__ void __launch_bounds__(ProductTraits<accumulate_t<T>>::kMaxThreads, 1
     const int lane = lane_index();
     const A k = lane < rows ? own_k[lane] : A(0);
     if (static_cast<int>(threadIdx.x) < rows) a.workspace.k[first_row + lane] = k;
-    if (warp_index() == 0) {
-      const A sum = warp_sum(lane < rows ? a.feature_mean[first_row + lane] * k : A(0));
-      if (lane == 0) a.workspace.mean_dot_k[blockIdx.x] = sum;
-    }
+    if (warp_index() == 0) sum_products(a, lane < rows ? a.feature_mean[first_row + lane] : A(0), k);
     for (int c = warp_index(); late && c < a.C; c += warp_count()) {
       const A g = lane < rows ? to_accumulate(a.grad[c * s + first_row + lane]) : A(0);
       const A sum = warp_sum(g * k);
@@ -122,11 +150,13 @@ __global__ void __launch_bounds__(ProductTraits<accumulate_t<T>>::kMaxThreads, 1
   if (a.step && blockIdx.x == 0 && threadIdx.x == 0) *a.step += 1.0f;
   if (!absorbs) return;
 
-  const RankOne<A> rank_one(alpha + sum_of(a.workspace.mean_dot_k, gridDim.x), a.hyper.forget);
+  const Denominator<T> sums(a, alpha, gridDim.x);
+  const RankOne<A> rank_one(sums.d, a.hyper.forget);
   if (!rank_one.absorbed) {  // the same d, so the same answer, in every block
     if (late) step_weights(A(1));
     return;
   }
+  if (a.nu && blockIdx.x == 0 && threadIdx.x == 0) *a.nu = alpha.next_nu(sums.squares);
   if (static_cast<int>(threadIdx.x) < rows) own_u[threadIdx.x] = rank_one.scaled(own_k[threadIdx.x]);
   __syncthreads();
   if (late) {
@@ -180,10 +210,13 @@ __global__ void __launch_bounds__(kStreamThreads, ProductTraits<accumulate_t<T>>
   A* const own_k = reinterpret_cast<A*>(shared) + tiling.own_k_offset();
 
   if (a.skipped()) return;
-  if (blockIdx.x == 0 && threadIdx.x == 0 && a.step) {
-    // The second launch steps the weights, and no other block of this one looks at the step.
-    *a.workspace.first_step = a.first_step() ? A(1) : A(0);
-    *a.step += 1.0f;
+  if (blockIdx.x == 0 && threadIdx.x == 0) {
+    if (a.step) {
+      // The second launch steps the weights, and no other block of this one looks at the step.
+      *a.workspace.first_step = a.first_step() ? A(1) : A(0);
+      *a.step += 1.0f;
+    }
+    if (a.nu) *a.workspace.old_nu = *a.nu;  // the last launch changes it
   }
   if (tiling.C == 0 && !a.feature_mean) return;
 
@@ -191,14 +224,12 @@ __global__ void __launch_bounds__(kStreamThreads, ProductTraits<accumulate_t<T>>
                      [&](int row, int c, A value) { a.workspace.Z[c * s + first_row + row] = value; });
   if (a.feature_mean && warp_index() == 0) {
     const int lane = lane_index();
-    A product = 0;
+    A k = 0, h = 0;
     if (lane < rows) {
-      const A k = own_k[lane];
-      a.workspace.k[first_row + lane] = k;
-      product = a.feature_mean[first_row + lane] * k;
+      a.workspace.k[first_row + lane] = k = own_k[lane];
+      h = a.feature_mean[first_row + lane];
     }
-    const A sum = warp_sum(product);
-    if (lane == 0) a.workspace.mean_dot_k[blockIdx.x] = sum;
+    sum_products(a, h, k);
   }
 }
 
@@ -220,7 +251,8 @@ __global__ void __launch_bounds__(kUpdateThreads) head_step_norm_kernel(const Ar
   const int rows = static_cast<int>(min(int64_t{kUpdateRows}, s - first_row));
 
   if (a.skipped()) return;
-  const RankOne<A> rank_one(alpha_of<A>(a.hyper) + sum_of(a.workspace.mean_dot_k, product_blocks), a.hyper.forget);
+  const Denominator<T> sums(a, a.old_alpha(), product_blocks);
+  const RankOne<A> rank_one(sums.d, a.hyper.forget);
   make_own_u(rank_one, a.workspace.k, first_row, rows, own_u);
   A squares = 0;
   update_rows<kWidth>(rank_one, a.P + first_row * s, s, first_row, rows, a.s, a.workspace.k, own_u,
@@ -241,10 +273,12 @@ __global__ void __launch_bounds__(kUpdateThreads)
 
   if (a.skipped()) return;
   const bool absorbs = a.feature_mean != nullptr;
-  const A d = absorbs ? alpha_of<A>(a.hyper) + sum_of(a.workspace.mean_dot_k, product_blocks) : A(0);
-  const RankOne<A> rank_one(d, a.hyper.forget);
+  const Alpha<A> alpha = a.old_alpha();
+  const Denominator<T> sums(a, alpha, absorbs ? product_blocks : 0);
+  const RankOne<A> rank_one(absorbs ? sums.d : A(0), a.hyper.forget);
   A inverse_norm = 1;
   if (rank_one.absorbed && a.hyper.normalize) inverse_norm = A(1) / sqrt(sum_of(a.workspace.squares, update_blocks));
+  if (a.nu && rank_one.absorbed && blockIdx.x == 0 && threadIdx.x == 0) *a.nu = alpha.next_nu(sums.squares);
 
   if (blockIdx.x < update_blocks) {
     if (!rank_one.absorbed) return;

@@ -17,6 +17,7 @@ struct RankForm {
   A* beta;
   A* rows;         // K: (capacity, s)
   int64_t* count;  // rows of K in use
+  A* nu;           // or null
   int capacity, s;
 
   // In the caller's memory.
@@ -24,6 +25,7 @@ struct RankForm {
   double* columns;     // (capacity, capacity), for a decomposition that does not fit on chip
   int64_t* old_count;  // before the step, as the launches that write count and beta must not read them
   A* old_beta;
+  A* old_nu;
   A* first_step;  // 1 or 0
   A* t;           // (kMaxChunks, capacity, C + 1): parts of t
   A* k;           // (s)
@@ -39,6 +41,7 @@ struct RankForm {
       : beta(static_cast<A*>(P.beta)),
         rows(static_cast<A*>(P.rows)),
         count(P.count),
+        nu(static_cast<A*>(P.nu)),
         capacity(static_cast<int>(P.capacity)),
         s(static_cast<int>(s)),
         end(reinterpret_cast<uintptr_t>(memory)) {
@@ -47,6 +50,7 @@ struct RankForm {
     take(columns, R * R);
     take(old_count, 1);
     take(old_beta, 1);
+    take(old_nu, 1);
     take(first_step, 1);
     take(t, kMaxChunks * R * (C + 1));
     take(k, s);
@@ -80,6 +84,7 @@ struct RankUpdate {
   A forget;       // ρ
   A factor;       // √(1−ρ)
   A beta;         // the new one
+  A nu;           // the new one, where there is one
   int64_t count;  // the new one
 
   __device__ RankUpdate(const RankForm<A>& P, const Hyperparameters& hyper)
@@ -88,8 +93,11 @@ struct RankUpdate {
     // In exact arithmetic h̄ᵀk ≥ |k|²/β, as 0 ⪯ P ⪯ βI. The larger of the two, as rounding may break that. And k is
     // P h̄ only to within ε β |h̄|: a smaller d would let its error make P indefinite.
     const A least = sum_of(P.k_dot_k, slices(P.s)) / *P.old_beta;
-    const A noise = kRankNoise<A> * *P.old_beta * sum_of(P.h_dot_h, slices(P.s));
-    const A alpha = alpha_of<A>(hyper);
+    const A squares = sum_of(P.h_dot_h, slices(P.s));
+    const A noise = kRankNoise<A> * *P.old_beta * squares;
+    const Alpha<A> scaled_alpha(hyper, P.nu ? P.old_nu : nullptr);
+    const A alpha = scaled_alpha(squares);
+    nu = scaled_alpha.next_nu(squares);
     const A d = (noise > alpha ? noise : alpha) + (least > mean_dot_k ? least : mean_dot_k);
     absorbed = isfinite(d) && d > A(0);
     adds_row = absorbed && mean_dot_k >= noise;

@@ -1,4 +1,4 @@
-// P_t = (1−ρ) (P − k kᵀ/d) + ρ I, eq. 5: the update of P by k = P h̄ and d = α + h̄ᵀk.
+// P_t = (1−ρ) (P − k kᵀ/d) + ρ I, eq. 5: the update of P by k = P h̄ and d = αν + h̄ᵀk.
 #pragma once
 
 #include "numeric.cuh"

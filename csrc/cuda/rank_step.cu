@@ -62,6 +62,7 @@ __global__ void __launch_bounds__(kProductThreads) rank_products_kernel(const Ar
   if (blockIdx.x == 0 && threadIdx.x == 0) {
     *a.P.old_count = count;
     *a.P.old_beta = *a.P.beta;
+    if (a.P.nu) *a.P.old_nu = *a.P.nu;
     *a.P.first_step = a.first_step() ? A(1) : A(0);
     if (a.step) *a.step += 1.0f;  // no other block of this launch looks at it
   }
@@ -265,6 +266,7 @@ __global__ void __launch_bounds__(kThreads, 1) rank_absorb_kernel(const Argument
     }
   }
   if (!update.absorbed) return;
+  if (a.P.nu && blockIdx.x == 0 && threadIdx.x == 0) *a.P.nu = update.nu;
   if (update.is_full) return make_gram(a.P, update);
   if (blockIdx.x == 0 && threadIdx.x == 0) {
     *a.P.beta = update.beta;

@@ -42,9 +42,21 @@ struct StepArguments {
   __device__ bool first_step() const { return step && *step == 0.0f; }
 };
 
+/// The α of d: the one of `hyper`, times the ν that ‖h̄‖² makes of the one so far, where there is one.
 template <typename A>
-__device__ inline A alpha_of(const Hyperparameters& hyper) {
-  return static_cast<A>(hyper.alpha_tensor ? *hyper.alpha_tensor : hyper.alpha);
-}
+struct Alpha {
+  A given;
+  A nu;         // so far, 0 before the first ‖h̄‖²
+  bool scaled;  // there is a ν
+
+  /// nu: where it lies, or null.
+  __device__ Alpha(const Hyperparameters& hyper, const A* nu)
+      : given(static_cast<A>(hyper.alpha_tensor ? *hyper.alpha_tensor : hyper.alpha)),
+        nu(nu ? *nu : A(0)),
+        scaled(nu != nullptr) {}
+
+  __device__ A next_nu(A squares) const { return nu == A(0) ? squares : nu + static_cast<A>(kNuRate) * (squares - nu); }
+  __device__ A operator()(A squares) const { return scaled ? given * next_nu(squares) : given; }
+};
 
 }  // namespace mla_ext::cuda

@@ -66,6 +66,7 @@ class Compiled(Backend):
             step.found_inf,
             lr_tensor,
             alpha_tensor,
+            P.nu,
         )
 
     def settle_(self, projection: Projection) -> None:

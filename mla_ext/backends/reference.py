@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -32,8 +34,15 @@ class Reference(Backend):
         like = P.base if P.base is not None else P.beta
         assert like is not None
         grad = step.grad if step.grad_scale is None else step.grad.to(like.dtype) / step.grad_scale
-        before, after = (step.weight, grad, step.momentum_buffer), (step.feature_mean, step.step, step.hyper)
         changes: list[tuple[Tensor | None, Tensor | None]] = [(step.step, step.step + 1)]
+        hyper = step.hyper
+        if P.nu is not None and step.feature_mean is not None:
+            nu = reference.next_nu(P.nu, step.feature_mean)
+            alpha = hyper.alpha * nu
+            hyper = dataclasses.replace(hyper, alpha=alpha)
+            # h̄ᵀk is at most ‖h̄‖², so d is finite where this is.
+            changes += [(P.nu, torch.where(alpha.isfinite(), nu, P.nu))]
+        before, after = (step.weight, grad, step.momentum_buffer), (step.feature_mean, step.step, hyper)
         if P.base is not None:
             self.settle_(P)
             weight, momentum_buffer, base = reference.head_step(*before, P.base, *after)

@@ -57,6 +57,7 @@ class Triton(Backend):
             step.hyper,
             step.grad_scale,
             step.found_inf,
+            P.nu,
         )
 
     def entropy_fusion(self, logits: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -174,7 +174,7 @@ def _written(arguments: argparse.Namespace, notes: dict[str, Any]) -> str:
     if arguments.data != "digits":
         values["data"] = str(Path(arguments.data).resolve())
     values["encoder"] = [arguments.encoder, *(f"{m}={name}" for m, name in arguments.encoders.items())]
-    values["rank"] = "none" if arguments.rank is None else arguments.rank
+    values |= {name: "none" for name in ("alpha_scale", "rank") if values[name] is None}
     tables = {group: {o.name: values[o.name] for o in options} for group, options in GROUPS.items()}
     del tables["results"]
     return config.text(tables, notes)

@@ -83,6 +83,12 @@ def _rank(text: str) -> int | str | None:
     return int(text)
 
 
+def _alpha_scale(text: str) -> str | None:
+    if text not in ("features", "none"):
+        raise argparse.ArgumentTypeError(f"expected features or none, got {text!r}")
+    return None if text == "none" else text
+
+
 def _device(text: str) -> torch.device:
     try:
         return choose_device(text)
@@ -155,6 +161,7 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         Option("weight_decay", "of SGD", {"type": _not_negative}),
         _switch("nesterov", "Nesterov's momentum"),
         Option("alpha", "of the projection: smaller protects more", {"type": _positive}),
+        Option("alpha_scale", "features: times the mean of their square; none: as it is", {"type": _alpha_scale}),
         Option("absorb", "a step's features after or before it", {"choices": ("after", "before")}),
         Option("forget", "rate at which the projection forgets", {"type": _share}),
         _switch("normalize", "divide the projection by its norm"),

@@ -36,8 +36,8 @@ class Settings:
 
     encoder: of images and spectrograms, one of `encoders.ENCODERS` or a name of `library`; encoders: of single
     modalities, where it is another one; width: features that every encoder gives. schedule: of the learning rate, by
-    epoch: "cosine" down to 0 in the last, or "step", times `gamma` every `step_size`. rank, absorb, forget, normalize:
-    as ProjectedSGD's, like alpha. The others are named as in SGD and `fit`.
+    epoch: "cosine" down to 0 in the last, or "step", times `gamma` every `step_size`. alpha_scale, absorb, forget,
+    normalize, rank: as ProjectedSGD's, like alpha. The others are named as in SGD and `fit`.
     """
 
     method: str = "mla"
@@ -52,6 +52,7 @@ class Settings:
     weight_decay: float = 1e-4
     nesterov: bool = False
     alpha: float = 0.1
+    alpha_scale: str | None = "features"
     absorb: str = "after"
     forget: float = 0.0
     normalize: bool = False
@@ -111,7 +112,7 @@ def build(data: MultimodalData, settings: Settings) -> tuple[MultimodalModel, Op
     if settings.method != "mla":
         return model, SGD(model.parameters(), **plain)
     projection: dict[str, Any] = {
-        name: getattr(settings, name) for name in ("alpha", "absorb", "forget", "normalize", "rank")
+        name: getattr(settings, name) for name in ("alpha", "alpha_scale", "absorb", "forget", "normalize", "rank")
     }
     optimizer = ProjectedSGD(model.parameters(), **plain, **projection)
     head = model.head

@@ -1,8 +1,9 @@
 """One step of the shared head (eq. 4-6): W ← W − γ · SGD(G P), and P ← P − k kᵀ/d.
 
-Launches, each a kernel of this file: `product` makes k = P h̄, parts of h̄ᵀk, and Z = G P, with which it steps the
-weights at once when the step projects with P_{t-1} ("after"). `finish` absorbs h̄ into P; otherwise ("before") further
-programs of it correct Z to G P_t and step the weights. They do so too where torch.mm makes Z, as for many classes.
+Launches, each a kernel of this file: `product` makes k = P h̄, parts of h̄ᵀk and |h̄|², and Z = G P, with which it steps
+the weights at once when the step projects with P_{t-1} ("after"). `finish` absorbs h̄ into P and ν; otherwise ("before")
+further programs of it correct Z to G P_t and step the weights. They do so too where torch.mm makes Z, as for many
+classes.
 Between them, only to normalize, `norm` sums the squares of the P that `finish` will make. Whichever of `product` and
 `finish` does not step the weights advances `step`, so that no program reads it in the launch that changes it. All sums
 run in a fixed order.
@@ -17,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import Hyperparameters
-from .launch import numbers_and_tensors, on, read
+from ..reference import NU_RATE, Hyperparameters
+from .launch import next_nu, numbers_and_tensors, on, read
 from .sgd import NO_HEAD, WEIGHT_COLUMNS, Head, advance, is_skipped, read_forget, read_sgd, sgd, step_class
 
 __all__ = ["MM_FROM", "head_step_", "rls_update_"]
@@ -42,12 +43,19 @@ UPDATE_COLUMNS = TILE // UPDATE_ROWS
 
 
 @triton.jit
-def rank_one(mean_dot_k, parts, alpha, alpha_tensor, PARTS: tl.constexpr, dtype: tl.constexpr):
-    """What makes P − sign(d) u uᵀ with u = k / root: whether d is absorbed at all, sign(d), and root = √|d|."""
+def rank_one(
+    sums, parts, alpha, alpha_tensor, SCALED: tl.constexpr, RATE: tl.constexpr, PARTS: tl.constexpr, dtype: tl.constexpr
+):
+    """What makes P − sign(d) u uᵀ with u = k / root: whether d is absorbed at all, sign(d), root = √|d|, and the ν in
+    it. sums: the parts of h̄ᵀk, those of |h̄|², then the ν so far; SCALED: there is one."""
     index = tl.arange(0, PARTS)
-    d = read(alpha, alpha_tensor, dtype) + tl.sum(tl.load(mean_dot_k + index, index < parts, other=0.0))
+    scale = tl.full((), 1.0, dtype)
+    if SCALED:
+        squares = tl.sum(tl.load(sums + parts + index, index < parts, other=0.0))
+        scale = next_nu(tl.load(sums + 2 * parts), squares, RATE)
+    d = read(alpha, alpha_tensor, dtype) * scale + tl.sum(tl.load(sums + index, index < parts, other=0.0))
     size = tl.abs(d)
-    return (size > 0) & (size < float("inf")), tl.where(d < 0, -1.0, 1.0).to(dtype), tl.sqrt(size)
+    return (size > 0) & (size < float("inf")), tl.where(d < 0, -1.0, 1.0).to(dtype), tl.sqrt(size), scale
 
 
 @triton.jit
@@ -78,7 +86,8 @@ def updated_tile(projection, k, rows, columns, s, sign, root, keep, forget, dtyp
 def product_kernel(
     projection,
     k,
-    mean_dot_k,
+    sums,
+    nu,
     found_inf,
     head,
     feature_mean,
@@ -130,9 +139,14 @@ def product_kernel(
 
     if feature_mean is not None:
         own_k = tl.sum(products, axis=1)
-        own_part = tl.sum(own_k * tl.load(feature_mean + rows, rows < s, other=0.0))
+        h = tl.load(feature_mean + rows, rows < s, other=0.0)
         tl.store(k + rows, own_k, rows < s)
-        tl.store(mean_dot_k + tl.program_id(0), own_part)
+        tl.store(sums + tl.program_id(0), tl.sum(own_k * h))
+        if nu is not None:
+            parts = tl.cdiv(s, BLOCK_J)
+            tl.store(sums + parts + tl.program_id(0), tl.sum(h * h))
+            if tl.program_id(0) == 0:
+                tl.store(sums + 2 * parts, tl.load(nu))  # `finish` changes it
     if head.grad is not None:
         if SUMMED:
             Z = tl.sum(class_products, axis=2)
@@ -149,7 +163,8 @@ def product_kernel(
 def norm_kernel(
     projection,
     k,
-    mean_dot_k,
+    sums,
+    nu,
     found_inf,
     squares,
     parts,
@@ -157,6 +172,7 @@ def norm_kernel(
     alpha: tl.float64,
     forget: tl.float64,
     tensors,
+    RATE: tl.constexpr,
     PARTS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -164,22 +180,23 @@ def norm_kernel(
     if is_skipped(found_inf):
         return
     dtype: tl.constexpr = projection.dtype.element_ty
-    _absorbed, sign, root = rank_one(mean_dot_k, parts, alpha, tensors.alpha, PARTS, dtype)
+    _absorbed, sign, root, _nu = rank_one(sums, parts, alpha, tensors.alpha, nu is not None, RATE, PARTS, dtype)
     keep, rho = read_forget(forget, tensors.forget, dtype)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    sums = tl.zeros((ROWS, COLUMNS), dtype)
+    products = tl.zeros((ROWS, COLUMNS), dtype)
     for first in range(0, s, COLUMNS):
         columns = first + tl.arange(0, COLUMNS)
         _offsets, mask, P = updated_tile(projection, k, rows, columns, s, sign, root, keep, rho, dtype)
-        sums += tl.where(mask, P * P, 0.0)
-    tl.store(squares + tl.program_id(0), tl.sum(sums))
+        products += tl.where(mask, P * P, 0.0)
+    tl.store(squares + tl.program_id(0), tl.sum(products))
 
 
 @triton.jit
 def finish_kernel(
     projection,
     k,
-    mean_dot_k,
+    sums,
+    nu,
     found_inf,
     head,
     step,
@@ -198,6 +215,7 @@ def finish_kernel(
     NESTEROV: tl.constexpr,
     MAXIMIZE: tl.constexpr,
     CORRECT: tl.constexpr,
+    RATE: tl.constexpr,
     PARTS: tl.constexpr,
     ROW_PARTS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -217,7 +235,9 @@ def finish_kernel(
     sign = tl.full((), 1.0, dtype)
     root = tl.full((), 1.0, dtype)
     if k is not None:
-        absorbed, sign, root = rank_one(mean_dot_k, parts, alpha, tensors.alpha, PARTS, dtype)
+        absorbed, sign, root, new_nu = rank_one(sums, parts, alpha, tensors.alpha, nu is not None, RATE, PARTS, dtype)
+        if nu is not None:
+            tl.store(nu, new_nu, absorbed & (program == 0))
     norm = frobenius_norm(squares, row_parts, ROW_PARTS, dtype)
     if program < row_parts:
         if absorbed:
@@ -282,6 +302,7 @@ def head_step_(
     hyper: Hyperparameters,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    nu: Tensor | None = None,
 ) -> None:
     """`backends.triton.head_step_` with a dense P; without weight, grad and step it is the update of P alone."""
     s = len(projection)
@@ -296,11 +317,11 @@ def head_step_(
     BLOCK_C, BLOCK_J, BLOCK_I = product_tile(0 if by_mm else C, s, projection.itemsize)
     parts, row_parts = triton.cdiv(s, BLOCK_J), triton.cdiv(s, UPDATE_ROWS) if absorbs else 0
     k = torch.empty(s, **like) if absorbs else None
-    mean_dot_k = torch.empty(parts, **like) if absorbs else None
+    sums = torch.empty(2 * parts + 1, **like) if absorbs else None
     squares = torch.empty(row_parts, **like) if absorbs and hyper.normalize else None
     projected = torch.empty(C, s, **like) if is_late else None
 
-    of_all = (projection, k, mean_dot_k, found_inf)  # arguments of all three kernels
+    of_all = (projection, k, sums, nu, found_inf)  # arguments of all three kernels
     head = Head(weight, grad, momentum_buffer, grad_scale)
     numbers, tensors = numbers_and_tensors(hyper, device)
     flags = (hyper.nesterov, hyper.maximize)
@@ -337,6 +358,7 @@ def head_step_(
                 s,
                 *numbers[4:],
                 tensors,
+                NU_RATE,
                 PARTS,
                 UPDATE_ROWS,
                 UPDATE_COLUMNS,
@@ -354,6 +376,7 @@ def head_step_(
             tensors,
             *flags,
             corrects,
+            NU_RATE,
             PARTS,
             ROW_PARTS,
             UPDATE_ROWS,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..reference import Hyperparameters
 
-__all__ = ["Tensors", "numbers_and_tensors", "on", "read"]
+__all__ = ["Tensors", "next_nu", "numbers_and_tensors", "on", "read"]
 
 
 @triton.jit
@@ -22,6 +22,12 @@ def read(value, pointer, dtype: tl.constexpr):
     if pointer is not None:
         number = tl.load(pointer).to(dtype)
     return number
+
+
+@triton.jit
+def next_nu(nu, squares, RATE: tl.constexpr):
+    """`reference.next_nu`, given the ν so far and |h̄|²."""
+    return tl.where(nu == 0, squares, nu + RATE * (squares - nu)).to(squares.dtype)
 
 
 class Tensors(NamedTuple):

@@ -3,9 +3,9 @@
 Launches, each a kernel: `rows_product` makes t = [G; h̄] Kᵀ, in parts of columns. `rank_finish` makes Z = βG − tK, with
 which the weights step at once when the step projects with P_{t-1} ("after"), k = P h̄, and parts of h̄ᵀk, |k|² and |h̄|².
 `absorb` writes the new row of K; otherwise ("before") further programs of it correct Z to G P_t and step the weights.
-They do so too where torch.mm makes Z, as for many classes. `count_rows` has one program. It changes β, `count` and
-`step`, which all others read. When K is full, `absorb` and `count_rows` also do what a compression needs, and `rotate`
-ends it (compress.py); else `rotate` returns at once. All sums run in a fixed order.
+They do so too where torch.mm makes Z, as for many classes. `count_rows` has one program. It changes β, ν, `count`
+and `step`, which all others read. When K is full, `absorb` and `count_rows` also do what a compression needs, and
+`rotate` ends it (compress.py); else `rotate` returns at once. All sums run in a fixed order.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import RANK_NOISE
+from ..reference import NU_RATE, RANK_NOISE
 from ..step import HeadStep
 from .compress import gram, rotate_kernel, strongest
 from .eigen import ANGLES, PAIRS
 from .head_step import MM_FROM
-from .launch import numbers_and_tensors, on, read
+from .launch import next_nu, numbers_and_tensors, on, read
 from .sgd import NO_HEAD, WEIGHT_COLUMNS, Head, advance, is_skipped, read_forget, read_sgd, sgd, step_class
 
 __all__ = ["rank_step_"]
@@ -170,24 +170,40 @@ def sum_of(parts, blocks, BLOCKS: tl.constexpr):
 
 
 @triton.jit
-def new_row(dots, blocks, beta, alpha, alpha_tensor, NOISE: tl.constexpr, BLOCKS: tl.constexpr, dtype: tl.constexpr):
-    """Whether h̄ is absorbed at all, whether it becomes a row of K, u = k / root, and root = √d."""
+def new_row(
+    dots,
+    blocks,
+    beta,
+    nu,
+    alpha,
+    alpha_tensor,
+    NOISE: tl.constexpr,
+    RATE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """Whether h̄ is absorbed at all, whether it becomes a row of K, u = k / root, with root = √d, and the ν in d."""
     mean_dot_k = sum_of(dots, blocks, BLOCKS)
     # h̄ᵀk ≥ |k|²/β, as P lies between 0 and βI. The larger one, as rounding may break that where k is almost 0. k is
     # P h̄ only to within ε β |h̄|: a smaller d would let its error make P indefinite.
     least = tl.where(beta > 0, sum_of(dots + blocks, blocks, BLOCKS) / beta, 0.0)
-    noise = NOISE * beta * sum_of(dots + 2 * blocks, blocks, BLOCKS)
-    d = tl.maximum(read(alpha, alpha_tensor, dtype), noise, propagate_nan=tl.PropagateNan.ALL)
+    squares = sum_of(dots + 2 * blocks, blocks, BLOCKS)
+    noise = NOISE * beta * squares
+    scale = tl.full((), 1.0, dtype)
+    if nu is not None:
+        scale = next_nu(tl.load(nu), squares, RATE)
+    d = tl.maximum(read(alpha, alpha_tensor, dtype) * scale, noise, propagate_nan=tl.PropagateNan.ALL)
     d += tl.maximum(mean_dot_k, least, propagate_nan=tl.PropagateNan.ALL)
     absorbed = (d > 0) & (d < float("inf"))
     becomes_row = absorbed & (mean_dot_k >= noise)  # else P has nothing left along h̄
-    return absorbed, becomes_row, tl.where(becomes_row, tl.sqrt(d), float("inf"))
+    return absorbed, becomes_row, tl.where(becomes_row, tl.sqrt(d), float("inf")), scale
 
 
 @triton.jit
 def absorb_kernel(
     head,
     beta,
+    nu,
     rows,
     count,
     step,
@@ -213,6 +229,7 @@ def absorb_kernel(
     CORRECT: tl.constexpr,
     FORGETS: tl.constexpr,
     NOISE: tl.constexpr,
+    RATE: tl.constexpr,
     BLOCKS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -229,7 +246,9 @@ def absorb_kernel(
     becomes_row = tl.full((), 0, tl.int1)
     root = tl.full((), 1.0, dtype)
     if k is not None:
-        absorbed, becomes_row, root = new_row(dots, blocks, tl.load(beta), alpha, tensors.alpha, NOISE, BLOCKS, dtype)
+        absorbed, becomes_row, root, _nu = new_row(
+            dots, blocks, tl.load(beta), nu, alpha, tensors.alpha, NOISE, RATE, BLOCKS, dtype
+        )
     if program < parts:
         used = tl.load(count)
         first = program * span
@@ -274,6 +293,7 @@ def absorb_kernel(
 @triton.jit
 def count_rows_kernel(
     beta,
+    nu,
     count,
     step,
     found_inf,
@@ -291,13 +311,14 @@ def count_rows_kernel(
     forget: tl.float64,
     tensors,
     NOISE: tl.constexpr,
+    RATE: tl.constexpr,
     BLOCKS: tl.constexpr,
     PARTS: tl.constexpr,
     PAIRS: tl.constexpr,
     ANGLES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """What all programs of the other launches read: β, `count` and `step`; where K is full, also the factors that
+    """What all programs of the other launches read: β, ν, `count` and `step`; where K is full, also the factors that
     compress it."""
     if is_skipped(found_inf):
         return
@@ -305,7 +326,9 @@ def count_rows_kernel(
     if dots is not None:
         dtype: tl.constexpr = beta.dtype.element_ty
         number = tl.load(beta)
-        absorbed, becomes_row, _root = new_row(dots, blocks, number, alpha, tensors.alpha, NOISE, BLOCKS, dtype)
+        absorbed, becomes_row, _root, new_nu = new_row(
+            dots, blocks, number, nu, alpha, tensors.alpha, NOISE, RATE, BLOCKS, dtype
+        )
         keep, rho = read_forget(forget, tensors.forget, dtype)
         number = tl.where(absorbed, keep * number + rho, number)
         used = tl.load(count) + becomes_row.to(tl.int64)
@@ -317,6 +340,8 @@ def count_rows_kernel(
             used = (used * 0 + R) // 2
         tl.debug_barrier()  # every thread has read what now changes
         tl.store(beta, number)
+        if nu is not None:
+            tl.store(nu, new_nu, absorbed)
         tl.store(count, used)
         tl.store(is_full, full.to(tl.int32))
 
@@ -324,7 +349,8 @@ def count_rows_kernel(
 def rank_step_(step: HeadStep) -> None:
     """`backends.triton.head_step_` with P = βI − KᵀK."""
     weight, grad, feature_mean, hyper = step.weight, step.grad, step.feature_mean, step.hyper
-    beta, rows, count = step.projection.beta, step.projection.rows, step.projection.count
+    P = step.projection
+    beta, nu, rows, count = P.beta, P.nu, P.rows, P.count
     assert beta is not None and rows is not None and count is not None
     (C, s), R, device = weight.shape, len(rows), weight.device
     absorbs, by_mm = feature_mean is not None, C >= MM_FROM
@@ -399,13 +425,14 @@ def rank_step_(step: HeadStep) -> None:
                 num_warps=WARPS,
             )
         if by_mm:
-            G, K = grad.to(rows.dtype), step.projection.used_rows()
+            G, K = grad.to(rows.dtype), P.used_rows()
             torch.addmm(beta * G, G @ K.t(), K, alpha=-1, out=projected)
         spans = parts if absorbs else 0
         if absorbs or is_late:
             absorb_kernel[(spans + (C if is_late else 0),)](
                 head if is_late else NO_HEAD,
                 beta,
+                nu,
                 rows,
                 count,
                 step.step,
@@ -426,6 +453,7 @@ def rank_step_(step: HeadStep) -> None:
                 corrects,
                 forgets,
                 noise,
+                NU_RATE,
                 BLOCKS,
                 block_r,
                 BLOCK_S,
@@ -434,6 +462,7 @@ def rank_step_(step: HeadStep) -> None:
             )
         count_rows_kernel[(1,)](
             beta,
+            nu,
             count,
             step.step,
             step.found_inf,
@@ -450,6 +479,7 @@ def rank_step_(step: HeadStep) -> None:
             *numbers[4:],
             tensors,
             noise,
+            NU_RATE,
             BLOCKS,
             triton.next_power_of_2(parts),
             PAIRS,

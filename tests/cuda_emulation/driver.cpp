@@ -80,7 +80,7 @@ Array part(const std::vector<Array>& arrays, int number, int64_t t, int64_t step
 const float* as_float(const Array& array) { return reinterpret_cast<const float*>(array.data); }
 
 /// Several steps in a row. Arrays: weight, momentum_buffer, P, step; then, with one for each step: grad, h̄, lr, alpha,
-/// grad_scale, found_inf, Z; then K, beta and count: with a beta P is in the rank form.
+/// grad_scale, found_inf, Z; then K, beta and count: with a beta P is in the rank form; then nu.
 cudaError_t head_steps(const std::vector<int64_t>& n, const std::vector<double>& x, const std::vector<Array>& a) {
   HeadStep step = {};
   step.dtype = static_cast<DType>(n[0]);
@@ -88,7 +88,7 @@ cudaError_t head_steps(const std::vector<int64_t>& n, const std::vector<double>&
   step.s = n[2];
   step.weight = a[0].data;
   step.momentum_buffer = a[1].data;
-  step.projection = {a[2].data, a[12].data, a[11].data, reinterpret_cast<int64_t*>(a[13].data), n[9]};
+  step.projection = {a[2].data, a[12].data, a[11].data, reinterpret_cast<int64_t*>(a[13].data), n[9], a[14].data};
   step.step = reinterpret_cast<float*>(a[3].data);
   step.hyper.nesterov = n[4];
   step.hyper.maximize = n[5];

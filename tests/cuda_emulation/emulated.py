@@ -70,7 +70,7 @@ class Emulated(Backend):
             given = step.grad.to(P.base.dtype) @ P.base
         read = [step.grad, step.feature_mean, None, None, step.grad_scale, step.found_inf, given]
         written = [step.weight, step.momentum_buffer, P.base, step.step]
-        call_(harness.HEAD_STEP, integers, reals, [*written, *read, P.rows, P.beta, P.count])
+        call_(harness.HEAD_STEP, integers, reals, [*written, *read, P.rows, P.beta, P.count, P.nu])
 
     def entropy_fusion(self, logits: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
         M, N, C = logits.shape

@@ -36,10 +36,11 @@ def build_slow_head(data: MultimodalData, s: Setting) -> Built:
 
 
 def build_mla(data: MultimodalData, s: Setting, head_decay: float | None = None, **projection: object) -> Built:
-    """P is dense, as the paper's, unless `projection` says otherwise."""
+    """P is dense and alpha fixed, as the paper's, unless `projection` says otherwise."""
     model = SharedHeadModel(s.encoders(data), head_of(data, s.width))
     head = {"params": model.head.parameters(), "weight_decay": s.weight_decay if head_decay is None else head_decay}
-    options = {"alpha": s.own, "weight_decay": s.weight_decay, "rank": None} | projection
+    fixed = {"alpha": s.own, "alpha_scale": None, "rank": None}
+    options = fixed | {"weight_decay": s.weight_decay} | projection
     groups = [{"params": model.encoders.parameters()}, head]
     optimizer = ProjectedSGD(groups, lr=s.lr, momentum=MOMENTUM, **options)
     optimizer.attach(model.head)
