@@ -85,6 +85,14 @@ class Projection:
         assert self.beta is not None
         return self.beta * torch.eye(K.shape[1], dtype=K.dtype, device=K.device) - removed
 
+    def product(self, X: Tensor, out: Tensor | None = None) -> Tensor:
+        """X P (C, s) by matrix products of PyTorch, as precise as the user lets them be. P has no deferred rows."""
+        if self.base is not None:
+            return torch.mm(X.to(self.base.dtype), self.base, out=out)
+        K = self.used_rows()
+        X = X.to(K.dtype)
+        return torch.addmm(self.beta * X, X @ K.t(), K, alpha=-1, out=out)
+
     def with_rank(self, rank: int | None) -> Projection:
         """This P as a matrix (None), or in the rank form with `rank` rows; the strongest directions stay exact."""
         if rank is None:

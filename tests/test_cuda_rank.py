@@ -84,19 +84,35 @@ SIZES = [(1, 1, 2), (5, 2, 8), (7, 2, 3), (33, 6, 6), (40, 17, 5), (128, 6, 8), 
 MOMENTUM = Hyperparameters(lr=0.1, momentum=0.9, weight_decay=0.01)
 
 
+@pytest.mark.parametrize("product_given", [False, True])
 @pytest.mark.parametrize("absorb", ["after", "before"])
-def test_sizes(fast, tmp_path, absorb):
-    """Through several compressions; odd and aligned rows, groups of gradients and tiles of rows that are not full."""
+def test_sizes(fast, tmp_path, absorb, product_given):
+    """Through several compressions; odd and aligned rows, groups of gradients and tiles of rows that are not full.
+
+    With the product given it is that of the exact P, which fits ours only up to the first compression.
+    """
     hyper = replace(MOMENTUM, absorb=absorb)
     cases = [
-        RankCase(s, C, dtype, (H100, FORTY)[i % 2], hyper, steps=2 * R + 1, capacity=R, order=i, misaligned=s == 40)
+        RankCase(
+            s,
+            C,
+            dtype,
+            (H100, FORTY)[i % 2],
+            hyper,
+            steps=R - 1 if product_given else 2 * R + 1,
+            capacity=R,
+            order=i,
+            misaligned=s == 40,
+            product_given=product_given,
+        )
         for i, ((s, C, R), dtype) in enumerate(itertools.product(SIZES, DTYPES))
     ]
     check_head_steps(fast, tmp_path, cases)
 
 
-def test_options(sanitized, tmp_path):
-    cases = option_cases(H100, False, (False, False), functools.partial(RankCase, capacity=3, used=1))
+@pytest.mark.parametrize("product_given", [False, True])
+def test_options(sanitized, tmp_path, product_given):
+    cases = option_cases(H100, product_given, (False, False), functools.partial(RankCase, capacity=3, used=1))
     check_head_steps(sanitized, tmp_path, cases)
 
 

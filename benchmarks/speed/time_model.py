@@ -54,7 +54,7 @@ class Form:
         return FIRST_LAUNCH + (self.launches - 1) * NEXT_LAUNCH + work + self.compression
 
 
-BLAS_FROM = 32  # classes: `head_step_prefers_product_given` in csrc/cuda/head_step.h, and in Triton
+BLAS_FROM = 32  # classes: PRODUCT_FROM in mla_ext/backends/cuda.py, MM_FROM in Triton
 
 
 def dense_one_launch(s: int, C: int) -> Form | None:

@@ -70,8 +70,9 @@ void head_step_(Tensor weight, const Tensor& grad, std::optional<Tensor> momentu
                 double weight_decay, bool nesterov, bool maximize, double alpha, double forget, bool absorb_before,
                 bool normalize, const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
                 const std::optional<Tensor>& lr_tensor, const std::optional<Tensor>& alpha_tensor,
-                std::optional<Tensor> nu) {
+                std::optional<Tensor> nu, const std::optional<Tensor>& product) {
   check_head_step(weight, grad, momentum_buffer, base, feature_mean, step, kDevice);
+  STD_TORCH_CHECK(!product.has_value(), "product: expected none; the CPU kernels multiply themselves");
   const int64_t C = weight.size(0), s = weight.size(1);
   const mla_ext::HeadStep arguments{
       dtype_of(weight, "weight"),
@@ -140,7 +141,7 @@ STABLE_TORCH_LIBRARY(mla_ext, library) {
       "Tensor(e!)? rows, Tensor(f!)? count, Tensor? feature_mean, Tensor(g!) step, float lr, float momentum, "
       "float dampening, float weight_decay, bool nesterov, bool maximize, float alpha, float forget, "
       "bool absorb_before, bool normalize, Tensor? grad_scale, Tensor? found_inf, Tensor? lr_tensor=None, "
-      "Tensor? alpha_tensor=None, Tensor(h!)? nu=None) -> ()");
+      "Tensor? alpha_tensor=None, Tensor(h!)? nu=None, Tensor? product=None) -> ()");
   library.def("settle_(Tensor(a!)? base, Tensor(b!)? beta, Tensor(c!) rows, Tensor(d!) count) -> ()");
   library.def("entropy_fusion(Tensor logits, Tensor? present) -> (Tensor fused, Tensor weights)");
 }

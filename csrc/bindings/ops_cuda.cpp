@@ -81,10 +81,11 @@ void head_step_(Tensor weight, const Tensor& grad, std::optional<Tensor> momentu
                 double weight_decay, bool nesterov, bool maximize, double alpha, double forget, bool absorb_before,
                 bool normalize, const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
                 const std::optional<Tensor>& lr_tensor, const std::optional<Tensor>& alpha_tensor,
-                std::optional<Tensor> nu) {
+                std::optional<Tensor> nu, const std::optional<Tensor>& product) {
   check_head_step(weight, grad, momentum_buffer, base, feature_mean, step, kDevice);
   check_rows(base, beta, rows, count, weight.size(1), accumulate_type(weight), kDevice);
   check(nu, "nu", {}, accumulate_type(weight), kDevice);
+  check(product, "product", {weight.size(0), weight.size(1)}, accumulate_type(weight), kDevice);
   const bool is_dense = base.has_value();
   STD_TORCH_CHECK(!(is_dense && rows.has_value()), "rows: expected none beside base; the CUDA kernels defer nothing");
   STD_TORCH_CHECK(is_dense || rows->size(0) >= 2, "rows: expected at least 2 rows, got ", rows->size(0));
@@ -98,6 +99,7 @@ void head_step_(Tensor weight, const Tensor& grad, std::optional<Tensor> momentu
   check_same_gpu(nu, "nu", weight);
   check_same_gpu(feature_mean, "feature_mean", weight);
   check_same_gpu(step, "step", weight);
+  check_same_gpu(product, "product", weight);
 
   mla_ext::HeadStep arguments{};
   arguments.dtype = dtype_of(weight, "weight");
@@ -131,19 +133,16 @@ void head_step_(Tensor weight, const Tensor& grad, std::optional<Tensor> momentu
   check_same_gpu(alpha_tensor, "alpha_tensor", weight);
 
   const Place place(weight);
+  const void* const Z = pointer(product);
   if (!is_dense) {
     Tensor workspace = workspace_like(*rows, mla_ext::cuda::rank_step_workspace_bytes(arguments));
-    return check_launch(mla_ext::cuda::rank_step(arguments, workspace.data_ptr(), place.stream()));
+    return check_launch(Z ? mla_ext::cuda::rank_step_projected(arguments, Z, workspace.data_ptr(), place.stream())
+                          : mla_ext::cuda::rank_step(arguments, workspace.data_ptr(), place.stream()));
   }
   const size_t bytes = mla_ext::cuda::head_step_workspace_bytes(arguments.dtype, arguments.C, arguments.s);
   Tensor workspace = workspace_like(*base, bytes);
-  if (mla_ext::cuda::head_step_prefers_product_given(arguments.C)) {
-    Tensor Z = torch::stable::new_empty(*base, {arguments.C, arguments.s});
-    matmul_into(torch::stable::to(grad, base->scalar_type()), *base, Z);
-    check_launch(mla_ext::cuda::head_step_projected(arguments, Z.data_ptr(), workspace.data_ptr(), place.stream()));
-  } else {
-    check_launch(mla_ext::cuda::head_step(arguments, workspace.data_ptr(), place.stream()));
-  }
+  check_launch(Z ? mla_ext::cuda::head_step_projected(arguments, Z, workspace.data_ptr(), place.stream())
+                 : mla_ext::cuda::head_step(arguments, workspace.data_ptr(), place.stream()));
 }
 
 std::tuple<Tensor, Tensor> entropy_fusion(const Tensor& logits, const std::optional<Tensor>& present) {

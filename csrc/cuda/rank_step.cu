@@ -24,9 +24,10 @@ struct Arguments : StepArguments<T> {
   using A = accumulate_t<T>;
 
   RankForm<A> P;
+  const A* Z;  // G P_{t-1}, where a BLAS has made it
 
-  Arguments(const HeadStep& step, void* workspace)
-      : StepArguments<T>(step), P(step.projection, step.C, step.s, workspace) {}
+  Arguments(const HeadStep& step, const void* Z, void* workspace)
+      : StepArguments<T>(step), P(step.projection, step.C, step.s, workspace), Z(static_cast<const A*>(Z)) {}
 
   // How the columns are divided where t is made: into kMaxChunks at most, of whole accesses of a warp.
   __host__ __device__ int chunk() const {
@@ -72,7 +73,7 @@ __global__ void __launch_bounds__(kProductThreads) rank_products_kernel(const Ar
   const int64_t first = (int64_t{row_block} * kProductWarps + warp_index()) * kRowsPerWarp;
   if (first >= count) return;
 
-  const int classes = min(kClasses, a.C - group * kClasses);
+  const int classes = a.Z ? 0 : min(kClasses, a.C - group * kClasses);
   const bool with_h = group == 0 && a.feature_mean;
   const T* const grad = a.grad + int64_t{group} * kClasses * s;
   const A* rows[kRowsPerWarp];
@@ -137,14 +138,16 @@ __global__ void __launch_bounds__(kThreads, 1) rank_project_kernel(const Argumen
   let_next_launch_begin();
   wait_for_previous_launch();
   if (a.skipped()) return;
-  const int64_t s = a.s, count = *a.P.old_count;
+  const int64_t s = a.s;
   const int slice = static_cast<int>(blockIdx.x) % slices(a.s);
   const int group = static_cast<int>(blockIdx.x) / slices(a.s);
+  const int64_t count = a.Z && group > 0 && !a.late() ? 0 : *a.P.old_count;  // then nothing is left to multiply
   const int lane = lane_index(), warp = warp_index();
   const int64_t column = int64_t{slice} * kSlice + lane;
   const bool is_there = column < s;
   const int first_class = group * kClasses;
   const int classes = min(kClasses, a.C - first_class);
+  const int multiplied = a.Z ? 0 : classes;  // of them, here
   const A beta = *a.P.old_beta;
 
   A sums[kClasses] = {};
@@ -154,7 +157,7 @@ __global__ void __launch_bounds__(kThreads, 1) rank_project_kernel(const Argumen
     __syncthreads();  // the last tile has been used
     for (int i = static_cast<int>(threadIdx.x); i < here * (kClasses + kWidth); i += kThreads) {
       const int row = i / (kClasses + kWidth), x = i % (kClasses + kWidth);
-      const int c = x == kClasses && a.feature_mean ? a.C : x < classes ? first_class + x : -1;
+      const int c = x == kClasses && a.feature_mean ? a.C : x < multiplied ? first_class + x : -1;
       A sum = 0;
       for (int chunk = 0; c >= 0 && chunk < a.chunks(); ++chunk) {
         sum += a.P.t[(int64_t{chunk} * a.P.capacity + first + row) * (a.C + 1) + c];
@@ -168,7 +171,7 @@ __global__ void __launch_bounds__(kThreads, 1) rank_project_kernel(const Argumen
       k += t[row][kVectors].at[0] * u;
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
-        if (v * kWidth >= classes) break;
+        if (v * kWidth >= multiplied) break;
         const Vector<A, kWidth> factors = t[row][v];
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) sums[v * kWidth + i] += factors.at[i] * u;
@@ -177,7 +180,7 @@ __global__ void __launch_bounds__(kThreads, 1) rank_project_kernel(const Argumen
   }
 #pragma unroll
   for (int c = 0; c < kClasses; ++c) {
-    if (c < classes) parts[warp][c][lane] = sums[c];
+    if (c < multiplied) parts[warp][c][lane] = sums[c];
   }
   parts[warp][kClasses][lane] = k;
   __syncthreads();
@@ -205,7 +208,7 @@ __global__ void __launch_bounds__(kThreads, 1) rank_project_kernel(const Argumen
   for (int c = warp; c < classes; c += kWarps) {
     const int64_t index = (int64_t{first_class} + c) * s + column;
     const A g = is_there ? to_accumulate(a.grad[index]) : A(0);
-    const A z = projected(g, c);
+    const A z = !a.Z ? projected(g, c) : is_there ? a.Z[index] : A(0);
     if (a.late()) {
       const A grad_dot_k = warp_sum(g * k);
       if (lane == 0) a.P.grad_dot_k[(int64_t{first_class} + c) * slices(a.s) + slice] = grad_dot_k;
@@ -281,8 +284,8 @@ __global__ void __launch_bounds__(kThreads, 1) rank_absorb_kernel(const Argument
 }
 
 template <typename T>
-cudaError_t run(const HeadStep& step, void* workspace, cudaStream_t stream) {
-  const Arguments<T> a(step, workspace);
+cudaError_t run(const HeadStep& step, const void* Z, void* workspace, cudaStream_t stream) {
+  const Arguments<T> a(step, Z, workspace);
   const auto launch_one = [&](auto kernel, const KernelLimits& limits, int64_t blocks, int threads) {
     LaunchShape shape = {static_cast<unsigned>(blocks), static_cast<unsigned>(threads)};
     shape.chained = limits.can_chain;
@@ -294,7 +297,7 @@ cudaError_t run(const HeadStep& step, void* workspace, cudaStream_t stream) {
   if (error != cudaSuccess) return error;
 
   const bool aligned = a.has_aligned_rows() && is_vector_aligned(a.P.rows);
-  const int64_t product_blocks = int64_t{a.chunks()} * a.row_blocks() * a.groups();
+  const int64_t product_blocks = int64_t{a.chunks()} * a.row_blocks() * (Z ? 1 : a.groups());
   const int64_t project_blocks = int64_t{slices(a.s)} * a.groups();
   if (product_blocks > INT_MAX || project_blocks > INT_MAX) return cudaErrorInvalidValue;
   error = launch_one(aligned ? rank_products_kernel<T, true> : rank_products_kernel<T, false>, KernelLimits{},
@@ -314,6 +317,12 @@ bool is_valid(const HeadStep& step) {
          P.capacity <= INT_MAX / P.capacity;
 }
 
+cudaError_t dispatch(const HeadStep& step, const void* Z, void* workspace, cudaStream_t stream) {
+  if (step.projection.base) return cudaErrorNotSupported;
+  if (!workspace || !is_vector_aligned(workspace) || !is_valid(step)) return cudaErrorInvalidValue;
+  return for_type(step.dtype, [&](auto tag) { return run<typename decltype(tag)::Type>(step, Z, workspace, stream); });
+}
+
 }  // namespace
 
 size_t rank_step_workspace_bytes(const HeadStep& step) {
@@ -324,9 +333,11 @@ size_t rank_step_workspace_bytes(const HeadStep& step) {
 }
 
 cudaError_t rank_step(const HeadStep& step, void* workspace, cudaStream_t stream) {
-  if (step.projection.base) return cudaErrorNotSupported;
-  if (!workspace || !is_vector_aligned(workspace) || !is_valid(step)) return cudaErrorInvalidValue;
-  return for_type(step.dtype, [&](auto tag) { return run<typename decltype(tag)::Type>(step, workspace, stream); });
+  return dispatch(step, nullptr, workspace, stream);
+}
+
+cudaError_t rank_step_projected(const HeadStep& step, const void* Z, void* workspace, cudaStream_t stream) {
+  return Z ? dispatch(step, Z, workspace, stream) : cudaErrorInvalidValue;
 }
 
 }  // namespace mla_ext::cuda

@@ -19,4 +19,7 @@ size_t rank_step_workspace_bytes(const HeadStep& step);
 /// be, a capacity below 2, `normalize`, or a size over 2³⁰.
 cudaError_t rank_step(const HeadStep& step, void* workspace, cudaStream_t stream);
 
+/// The same, given Z = G P, A (C, s), which a BLAS has made: for many classes, where tensor cores may help.
+cudaError_t rank_step_projected(const HeadStep& step, const void* Z, void* workspace, cudaStream_t stream);
+
 }  // namespace mla_ext::cuda

@@ -67,7 +67,12 @@ class Compiled(Backend):
             lr_tensor,
             alpha_tensor,
             P.nu,
+            self.product(step),
         )
+
+    def product(self, step: HeadStep) -> Tensor | None:
+        """G P, where PyTorch multiplies faster than the kernel."""
+        return None
 
     def settle_(self, projection: Projection) -> None:
         if projection.rows is not None and projection.base is not None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from .. import _library
 from ..projection import Projection
+from ..step import HeadStep
 from .base import Backend
 from .compiled import Compiled
 
 __all__ = ["Cuda"]
+
+PRODUCT_FROM = 32  # classes; an estimate, not measured
 
 
 class Cuda(Compiled):
@@ -21,6 +25,9 @@ class Cuda(Compiled):
         if _library.cuda_load_error is not None or device.type == "cuda":
             return _library.cuda_load_error
         return "its kernels read GPU memory" if torch.cuda.is_available() else "no CUDA device is available here"
+
+    def product(self, step: HeadStep) -> Tensor | None:
+        return step.projection.product(step.grad) if len(step.grad) >= PRODUCT_FROM else None
 
     def settle_(self, projection: Projection) -> None:
         Backend.settle_(self, projection)  # only a P that was on a CPU before has rows: torch folds them, once

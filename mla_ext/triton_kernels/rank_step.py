@@ -425,8 +425,7 @@ def rank_step_(step: HeadStep) -> None:
                 num_warps=WARPS,
             )
         if by_mm:
-            G, K = grad.to(rows.dtype), P.used_rows()
-            torch.addmm(beta * G, G @ K.t(), K, alpha=-1, out=projected)
+            P.product(grad, out=projected)
         spans = parts if absorbs else 0
         if absorbs or is_late:
             absorb_kernel[(spans + (C if is_late else 0),)](

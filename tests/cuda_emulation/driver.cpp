@@ -115,9 +115,11 @@ cudaError_t head_steps(const std::vector<int64_t>& n, const std::vector<double>&
     step.hyper.alpha_tensor = as_float(alpha);
     step.grad_scale = as_float(scale);
     step.found_inf = as_float(inf);
-    const cudaError_t error = a[12].data ? rank_step(step, workspace.data, nullptr)
-                              : Z.data   ? head_step_projected(step, Z.data, workspace.data, nullptr)
-                                         : head_step(step, workspace.data, nullptr);
+    const bool is_rank = a[12].data != nullptr;
+    const auto given = is_rank ? rank_step_projected : head_step_projected;
+    const auto whole = is_rank ? rank_step : head_step;
+    const cudaError_t error =
+        Z.data ? given(step, Z.data, workspace.data, nullptr) : whole(step, workspace.data, nullptr);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;

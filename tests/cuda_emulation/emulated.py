@@ -65,9 +65,7 @@ class Emulated(Backend):
         options = [h.nesterov, h.maximize, h.absorb == "before", h.normalize]
         integers = [harness.DTYPES[step.weight.dtype], C, s, 1, *options, 0, room]
         reals = [float(x) for x in (h.lr, h.momentum, h.dampening, h.weight_decay, h.alpha, h.forget)]
-        given = None
-        if P.base is not None and C > 32:  # as the bindings do where s is large, too
-            given = step.grad.to(P.base.dtype) @ P.base
+        given = P.product(step.grad) if C >= 32 else None  # as the backend does
         read = [step.grad, step.feature_mean, None, None, step.grad_scale, step.found_inf, given]
         written = [step.weight, step.momentum_buffer, P.base, step.step]
         call_(harness.HEAD_STEP, integers, reals, [*written, *read, P.rows, P.beta, P.count, P.nu])
