@@ -91,6 +91,7 @@ class Projection:
             return torch.mm(X.to(self.base.dtype), self.base, out=out)
         K = self.used_rows()
         X = X.to(K.dtype)
+        assert self.beta is not None
         return torch.addmm(self.beta * X, X @ K.t(), K, alpha=-1, out=out)
 
     def with_rank(self, rank: int | None) -> Projection:
