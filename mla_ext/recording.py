@@ -13,7 +13,7 @@ from .checks import WEIGHT_DTYPES
 from .observation import Observation
 
 if TYPE_CHECKING:
-    from .optimizer import ProjectedSGD
+    from .projected import ProjectedOptimizer
 
 __all__ = ["Link", "Recorder"]
 
@@ -26,9 +26,9 @@ class Link:
     """
 
     def __init__(self) -> None:
-        self.optimizer: weakref.ref[ProjectedSGD] | None = None
+        self.optimizer: weakref.ref[ProjectedOptimizer] | None = None
 
-    def bind(self, optimizer: ProjectedSGD) -> None:
+    def bind(self, optimizer: ProjectedOptimizer) -> None:
         self.optimizer = weakref.ref(optimizer)
 
     def __reduce__(self) -> tuple[type[Link], tuple[()]]:
