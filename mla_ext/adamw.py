@@ -83,6 +83,8 @@ class ProjectedAdamW(ProjectedOptimizer, AdamW):
         """As for any optimizer; the group's hyperparameters are checked first."""
         merged = self.defaults | (param_group if isinstance(param_group, dict) else {})
         checks.check_adamw(merged["betas"], merged["eps"], merged["amsgrad"])
+        if isinstance(merged["lr"], Tensor) and merged["foreach"] and not merged["capturable"]:
+            raise ValueError("lr: expected a number with foreach=True and capturable=False, got a tensor")
         super().add_param_group(param_group)
 
     def _rule(

@@ -13,16 +13,17 @@ import warnings
 import pytest
 import torch
 from torch import nn
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.testing._internal import common_optimizers
 from torch.testing._internal.common_optimizers import OptimizerErrorEnum, OptimizerInfo
 
-from mla_ext import ProjectedSGD
+from mla_ext import ProjectedAdamW, ProjectedSGD
+from mla_ext.projected import ProjectedOptimizer
 
 
-class Attached(ProjectedSGD):
+class Attaching(ProjectedOptimizer):
     """Attaches every 2-D weight at construction, and feeds it the same batch before each step."""
 
     def __init__(self, *args, **options):
@@ -41,14 +42,22 @@ class Attached(ProjectedSGD):
             features = torch.linspace(-1, 1, 2 * weight.shape[1], device=weight.device, dtype=torch.float32)
             self.observe(weight, features.view(2, -1).to(weight.dtype))
         with torch.no_grad():
-            return inspect.unwrap(ProjectedSGD.step)(self, closure)  # its hooks are this method's already
+            return inspect.unwrap(ProjectedOptimizer.step)(self, closure)  # its hooks are this method's already
+
+
+class Attached(Attaching, ProjectedSGD):
+    pass
+
+
+class AttachedAdamW(Attaching, ProjectedAdamW):
+    pass
 
 
 def of_ours(error_inputs):
     """The same errors, in our words."""
     for each in error_inputs:
         if "lr" in each.optimizer_error_input.kwargs:
-            each.error_type, each.error_regex = (TypeError, ValueError), "(lr|momentum): expected"
+            each.error_type, each.error_regex = (TypeError, ValueError), "(lr|momentum|betas|weight_decay): expected"
     return error_inputs
 
 
@@ -66,6 +75,19 @@ INFOS = [CONTROL] + [
         supports_fused_on=("cpu", "cuda"),
     )
     for cls in (ProjectedSGD, Attached)
+]
+ADAMW = next(info for info in common_optimizers.optim_db if info.optim_cls is AdamW)
+INFOS += [
+    OptimizerInfo(
+        cls,
+        optim_inputs_func=ADAMW.optim_inputs_func,
+        optim_error_inputs_func=lambda device, dtype: of_ours(ADAMW.optim_error_inputs_func(device, dtype)),
+        scheduler_inputs=ADAMW.scheduler_inputs,
+        supported_impls=("foreach", "fused"),
+        not_og_supported_flags=ADAMW.not_og_supported_flags,
+        supports_fused_on=("cpu", "cuda"),
+    )
+    for cls in (ProjectedAdamW, AttachedAdamW)
 ]
 
 
