@@ -1,7 +1,7 @@
 """What PyTorch's own suite checks of an optimizer, on the inputs that it ships (torch.testing._internal).
 
-Three run through it: torch.optim.SGD as the control, ProjectedSGD with nothing attached, and ProjectedSGD with every
-weight attached and fed before each step.
+Five run through it: torch.optim.SGD as the control, ProjectedSGD and ProjectedAdamW with nothing attached, and each of
+the two with every weight attached and fed before each step.
 """
 
 import copy
@@ -101,6 +101,11 @@ def one_thread():
 
 
 every = pytest.mark.parametrize("info", INFOS, ids=lambda info: info.name)
+
+
+def torchs(info):
+    """The optimizer of torch that an unattached parameter steps as."""
+    return AdamW if issubclass(info.optim_cls, AdamW) else SGD
 
 
 def configurations(info, skip=("differentiable",)):
@@ -379,7 +384,7 @@ def test_complex_parameters_step_as_their_two_parts(info, shape):
         value = torch.complex(randn(*shape), randn(*shape, seed=1))
         whole = nn.Parameter(value.clone())
         parts = [nn.Parameter(value.real.clone()), nn.Parameter(value.imag.clone())]
-        optimizer, other = info.optim_cls([whole], **options), SGD(parts, **options)
+        optimizer, other = info.optim_cls([whole], **options), torchs(info)(parts, **options)
         for seed in range(3):
             grad = torch.complex(randn(*shape, seed=2 * seed), randn(*shape, seed=2 * seed + 1))
             whole.grad, parts[0].grad, parts[1].grad = grad, grad.real.clone(), grad.imag.clone()
@@ -388,7 +393,7 @@ def test_complex_parameters_step_as_their_two_parts(info, shape):
         assert_equal([whole.real, whole.imag], parts, rtol=1e-6, atol=1e-6), desc
 
 
-@every
+@pytest.mark.parametrize("info", [info for info in INFOS if info.supports_sparse], ids=lambda info: info.name)
 def test_sparse_gradients_step_as_dense_ones(info):
     options, makers = info.metadata_for_sparse
     results = []

@@ -119,8 +119,8 @@ class Run:
 def _plasticity(optimizer: ProjectedOptimizer) -> dict[str, float]:
     """1 lets all gradients pass, 0 none, as a mean over the projections.
 
-    "plasticity": of P's eigenvalues, trace(P) / s. "gradient_passed": of the epoch's last gradient, ‖G P‖ / ‖G‖; missing
-    where no weight with a projection has a finite gradient.
+    "plasticity": of P's eigenvalues, trace(P) / s. "gradient_passed": of the epoch's last gradient, ‖G P‖ / ‖G‖;
+    missing where no weight with a projection has a finite gradient.
     """
     found = [P for P in map(get_projection, optimizer.state.values()) if P is not None]
     record = {"plasticity": sum(float(P.trace()) / P.size for P in found) / len(found) if found else 1.0}
