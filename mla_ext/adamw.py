@@ -83,8 +83,9 @@ class ProjectedAdamW(ProjectedOptimizer, AdamW):
         """As for any optimizer; the group's hyperparameters are checked first."""
         merged = self.defaults | (param_group if isinstance(param_group, dict) else {})
         checks.check_adamw(merged["betas"], merged["eps"], merged["amsgrad"])
-        if isinstance(merged["lr"], Tensor) and merged["foreach"] and not merged["capturable"]:
-            raise ValueError("lr: expected a number with foreach=True and capturable=False, got a tensor")
+        for name, value in (("lr", merged["lr"]), ("betas", merged["betas"][0])):
+            if isinstance(value, Tensor) and merged["foreach"] and not merged["capturable"]:
+                raise ValueError(f"{name}: expected numbers with foreach=True and capturable=False, got a tensor")
         super().add_param_group(param_group)
 
     def _rule(
@@ -114,6 +115,8 @@ class ProjectedAdamW(ProjectedOptimizer, AdamW):
             for param in params if grad_scale is not None else ():
                 param.grad = cast("Tensor", param.grad) / cast("Tensor", grad_scale)
             grad_scale = found_inf = None
+        if found_inf is not None:  # which torch subtracts from its 0-d steps
+            found_inf = found_inf.reshape(())
         lists: list[list[Tensor]] = [[] for _ in range(6)]  # params, grads, the moments and steps: filled by torch
         has_complex = self._init_group({**group, "params": params}, *lists)  # type: ignore[no-untyped-call]
         adamw(

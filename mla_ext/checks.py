@@ -132,6 +132,8 @@ def check_adamw(betas: Any, eps: Any, amsgrad: Any) -> None:
     """The hyperparameters that ProjectedAdamW has and ProjectedSGD lacks."""
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise TypeError(f"betas: expected two numbers, got {betas!r}")
+    if isinstance(betas[0], Tensor) != isinstance(betas[1], Tensor):
+        raise TypeError(f"betas: expected two numbers or two tensors, got {betas!r}")
     for beta in betas:
         check_number("betas", beta, "in [0, 1)", lambda v: 0 <= v < 1)
     check_number("eps", eps, ">= 0", lambda v: v >= 0)

@@ -108,6 +108,11 @@ def torchs(info):
     return AdamW if issubclass(info.optim_cls, AdamW) else SGD
 
 
+def momentum_of(info):
+    """Options with which there is a momentum, and its name in the state."""
+    return ({}, "exp_avg") if issubclass(info.optim_cls, AdamW) else ({"momentum": 0.9}, "momentum_buffer")
+
+
 def configurations(info, skip=("differentiable",)):
     inputs = common_optimizers._get_optim_inputs_including_global_cliquey_kwargs("cpu", None, info, skip=skip)
     return [(each.desc, each.kwargs) for each in inputs]
@@ -551,8 +556,9 @@ def test_groups_are_added(info):
 
 @every
 def test_momentum_makes_state_for_all(info):
-    params, optimizer = trained(info, {"momentum": 0.9}, 1)
-    assert all(optimizer.state[p]["momentum_buffer"].shape == p.shape for p in params)
+    options, name = momentum_of(info)
+    params, optimizer = trained(info, options, 1)
+    assert all(optimizer.state[p][name].shape == p.shape for p in params)
 
 
 # --- hooks
@@ -593,7 +599,7 @@ def test_a_step_pre_hook_may_change_the_closure(info):
 
 @every
 def test_state_dict_hooks(info):
-    _, optimizer = trained(info, {"momentum": 0.9})
+    _, optimizer = trained(info, momentum_of(info)[0])
     order = []
     handles = [
         optimizer.register_state_dict_pre_hook(lambda it: order.append("before")),
@@ -610,7 +616,7 @@ def test_state_dict_hooks(info):
 
 @every
 def test_load_state_dict_hooks(info):
-    _, optimizer = trained(info, {"lr": 0.01, "momentum": 0.9})
+    _, optimizer = trained(info, {"lr": 0.01} | momentum_of(info)[0])
     saved, order = copy.deepcopy(optimizer.state_dict()), []
 
     def doubled(it, state):
