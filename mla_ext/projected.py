@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from . import backends, checks, head_state, loading
 from .gather import Gathered, Gatherer, hyperparameters
 from .observation import Observation, observe
-from .recording import Link, Recorder
+from .recording import Handles, Link, Recorder
 from .reference import Hyperparameters, accumulate_dtype
 from .rules import Rule
 from .sharding import check_ranks, check_sharding, whole
@@ -94,15 +94,22 @@ class ProjectedOptimizer(Optimizer):
             for name in ("lr", "alpha"):
                 group[name] = torch.as_tensor(group[name], dtype=torch.float32, device=group["params"][0].device)
 
-    def attach(self, head: nn.Module) -> RemovableHandle:
+    def attach(self, head: nn.Module) -> RemovableHandle | Handles:
         """Project the steps of head.weight, and record what the head is fed.
+
+        A module that is no nn.Linear but has some in it attaches each of them, with a P of its own.
 
         In training mode, with gradients enabled, each forward of `head` (inputs (..., s)) adds to the feature mean of
         the next step, also one whose gradient is thrown away. The returned handle's remove() ends the recording; the
         weight keeps its projection. The head does not keep the optimizer alive.
         """
         if not isinstance(head, nn.Linear):
-            raise TypeError(f"head: expected an nn.Linear, got {type(head).__name__}")
+            layers = [m for m in head.modules() if isinstance(m, nn.Linear)] if isinstance(head, nn.Module) else []
+            if not layers:
+                raise TypeError(f"head: expected an nn.Linear, got {type(head).__name__} without one in it")
+            for layer in layers:  # all of them before the first is attached
+                self._check_head(layer.weight, "head.weight")
+            return Handles([self.attach(layer) for layer in layers])
         self._attach(head.weight, "head.weight")
         recorder = Recorder(self._link, head.weight)
         handle = head.register_forward_hook(recorder, with_kwargs=True)
@@ -221,15 +228,19 @@ class ProjectedOptimizer(Optimizer):
         """Mark `weight` as one whose steps are projected. Its state is made by its first step."""
         if isinstance(weight, Tensor) and weight in self._attached:
             return
+        self._check_head(weight, name)
+        self._attached[weight] = None
+        if self._has_loaded:
+            self._warn_of_identity(weight, stacklevel=4)
+
+    def _check_head(self, weight: Tensor, name: str) -> None:
+        """Raises TypeError or ValueError for a weight whose steps cannot be projected."""
         checks.check_tensor(name, weight, ("C", "s"))
         checks.check_nonempty(name, weight)
         if not any(weight is param for group in self.param_groups for param in group["params"]):
             computed = "" if weight.is_leaf else " that is computed, as a parametrised module's is"
             raise ValueError(f"{name}: expected a parameter of this optimizer, got {checks.describe(weight)}{computed}")
         check_sharding(name, weight)
-        self._attached[weight] = None
-        if self._has_loaded:
-            self._warn_of_identity(weight, stacklevel=4)
 
     def _record(self, weight: Tensor, features: Tensor) -> None:
         self._join(weight, observe(features, accumulate_dtype(weight.dtype), self.backend))

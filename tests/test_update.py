@@ -171,6 +171,31 @@ def test_heads_at_construction_are_attached(cls):
         cls(models[0].parameters(), heads=[nn.ReLU()])
 
 
+@pytest.mark.parametrize("cls", [ProjectedSGD, ProjectedAdamW])
+def test_a_module_of_heads_is_each_of_them(cls):
+    models = [network(), network()]
+    together = cls(models[0].parameters(), lr=0.1)
+    handle = together.attach(models[0])
+    apart = cls(models[1].parameters(), lr=0.1, heads=[models[1][0], models[1][2]])
+    for model, optimizer in zip(models, (together, apart), strict=True):
+        train(model, optimizer, 3)
+    assert all(map(torch.equal, models[0].parameters(), models[1].parameters()))
+    for layer, size in ((models[0][0], 5), (models[0][2], 8)):
+        assert not torch.equal(together.projection(layer.weight), torch.eye(size))
+    handle.remove()
+    models[0](batch(0)[0])
+    assert not together._observed
+
+
+def test_a_module_of_heads_is_attached_whole_or_not_at_all():
+    model = network()
+    optimizer = ProjectedSGD(model[0].parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"head.weight: expected a parameter of this optimizer"):
+        optimizer.attach(model)
+    with pytest.raises(ValueError, match="weight: expected a weight that was attached"):
+        optimizer.projection(model[0].weight)
+
+
 @pytest.mark.parametrize("rank", [None, 3], ids=["dense", "rank"])
 def test_plasticity_is_how_much_of_the_gradient_passes(rank):
     model = network()
