@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
+from .adamw import ProjectedAdamW
 from .info import build_info
 from .ops import entropy_fusion
 from .optimizer import ProjectedSGD
@@ -39,6 +40,7 @@ __all__ = [
     "ConcatModel",
     "MultimodalData",
     "MultimodalModel",
+    "ProjectedAdamW",
     "ProjectedSGD",
     "SharedHeadModel",
     "__version__",

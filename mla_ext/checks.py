@@ -16,6 +16,7 @@ from .step import HeadStep
 
 __all__ = [
     "WEIGHT_DTYPES",
+    "check_adamw",
     "check_alpha_scale",
     "check_head_step",
     "check_hyperparameters",
@@ -116,6 +117,8 @@ def check_hyperparameters(hyper: Hyperparameters) -> None:
     check_number("forget", hyper.forget, "in [0, 1]", lambda v: 0 <= v <= 1)
     if hyper.absorb not in ("after", "before"):
         raise ValueError(f"absorb: expected 'after' or 'before', got {hyper.absorb!r}")
+    if hyper.project not in ("gradient", "update"):
+        raise ValueError(f"project: expected 'gradient' or 'update', got {hyper.project!r}")
     for name in ("nesterov", "maximize", "normalize"):
         if not isinstance(getattr(hyper, name), bool):
             raise TypeError(f"{name}: expected True or False, got {describe(getattr(hyper, name))}")
@@ -124,6 +127,19 @@ def check_hyperparameters(hyper: Hyperparameters) -> None:
             f"nesterov: expected a momentum > 0 and dampening 0 with it, got momentum {hyper.momentum} "
             f"and dampening {hyper.dampening}"
         )
+
+
+def check_adamw(betas: Any, eps: Any, amsgrad: Any) -> None:
+    """The hyperparameters that ProjectedAdamW has and ProjectedSGD lacks."""
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise TypeError(f"betas: expected two numbers, got {betas!r}")
+    if isinstance(betas[0], Tensor) != isinstance(betas[1], Tensor):
+        raise TypeError(f"betas: expected two numbers or two tensors, got {betas!r}")
+    for beta in betas:
+        check_number("betas", beta, "in [0, 1)", lambda v: 0 <= v < 1)
+    check_number("eps", eps, ">= 0", lambda v: v >= 0)
+    if not isinstance(amsgrad, bool):
+        raise TypeError(f"amsgrad: expected True or False, got {describe(amsgrad)}")
 
 
 def check_writable(name: str, value: Tensor) -> None:

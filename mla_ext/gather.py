@@ -15,16 +15,16 @@ from torch.autograd.graph import increment_version
 from . import backends, checks, head_state, ops
 from .backends import Backend
 from .observation import Observation, average_over_ranks
-from .plain import check_plain_step, plain_step
 from .reference import Hyperparameters, accumulate_dtype
+from .rules import AdamW
 from .sharding import local_shards
 from .step import HeadStep, PlainStep
 
 if TYPE_CHECKING:
-    from .optimizer import ProjectedSGD
+    from .projected import ProjectedOptimizer
     from .recording import Recorder
 
-__all__ = ["HYPERPARAMETERS", "Gathered", "Gatherer"]
+__all__ = ["HYPERPARAMETERS", "Gathered", "Gatherer", "hyperparameters"]
 
 HYPERPARAMETERS = tuple(Hyperparameters.__dataclass_fields__)
 MAY_CHANGE = {"lr", "alpha"}  # Schedulers write these. A head's checked step holds with any value of them.
@@ -51,24 +51,24 @@ class Gathered:
         if not moved or any(group["foreach"] or group["fused"] for group, _ in self.plain):
             return False
         backend = self.heads[0][1] if heads else backends.choose(name, moved[0].device)
-        if any(other is not backend for _, other in self.heads):
+        if any(other is not backend for _, other in self.heads) or any(step.rule is not None for step in heads):
             return False
         if not torch.is_inference_mode_enabled():
             increment_version(moved)  # as any in-place op does; what autograd saved is then known to be stale
         return backend.step_(plain, heads)
 
-    def check(self, states: Mapping[Tensor, dict[str, Any]]) -> None:
+    def check(self, optimizer: ProjectedOptimizer) -> None:
         """Raises what would make one of the steps fail halfway."""
         for group, step in self.plain:
-            check_plain_step(states, group, step.params)
+            optimizer._check_plain(group, step.params)
         for head, _ in self.heads:
             checks.check_tensor("grad", head.grad, head.weight.shape, (head.weight.dtype,), head.weight.device)
             checks.check_scaling(head.grad_scale, head.found_inf, head.weight.device)
 
-    def run(self, states: dict[Tensor, dict[str, Any]]) -> None:
+    def run(self, optimizer: ProjectedOptimizer) -> None:
         """Makes the steps one by one."""
         for group, step in self.plain:
-            plain_step(states, group, step.params, self.grad_scale, self.found_inf)
+            optimizer._step_plain(group, step.params, self.grad_scale, self.found_inf)
         for head, backend in self.heads:
             ops.run_head_step_(head, backend)
 
@@ -115,6 +115,11 @@ class Checked:
         return True
 
 
+def hyperparameters(group: dict[str, Any]) -> Hyperparameters:
+    """Those of a parameter group, unchecked. What it lacks, as AdamW lacks momentum, has its default."""
+    return Hyperparameters(**{name: group[name] for name in HYPERPARAMETERS if name in group})
+
+
 def _place(weight: Tensor) -> tuple[Any, ...]:
     return weight.data_ptr(), weight.dtype, weight.device, weight.shape, weight.stride()
 
@@ -138,9 +143,9 @@ class Gatherer:
     def __reduce__(self) -> tuple[type[Gatherer], tuple[()]]:
         return Gatherer, ()  # a copy checks anew
 
-    def gather(self, optimizer: ProjectedSGD, grad_scale: Tensor | None, found_inf: Tensor | None) -> Gathered:
+    def gather(self, optimizer: ProjectedOptimizer, grad_scale: Tensor | None, found_inf: Tensor | None) -> Gathered:
         """Every head's step and its backend, and the plain step of each group. Heads are checked but for their grad."""
-        states, attached = optimizer.state, optimizer._attached
+        attached = optimizer._attached
         plain: list[tuple[dict[str, Any], PlainStep]] = []
         heads: list[tuple[dict[str, Any], Hyperparameters, Tensor]] = []
         for index, (group, part) in enumerate(zip(optimizer.param_groups, self.tell_apart(optimizer), strict=True)):
@@ -164,7 +169,7 @@ class Gatherer:
             means = [*average_over_ranks(observations, [weight for *_, weight in heads], ranks)]
 
         steps = [
-            self.head_step(weight, states[weight], group, hyper, mean, (grad_scale, found_inf), optimizer.backend)
+            self.head_step(optimizer, weight, group, hyper, mean, (grad_scale, found_inf))
             for (group, hyper, weight), mean in zip(heads, means, strict=True)
         ]
         used: list[tuple[Recorder, Observation]] = []
@@ -178,7 +183,7 @@ class Gatherer:
                     recorder.starve()
         return Gathered(plain, steps, used, grad_scale, found_inf)
 
-    def tell_apart(self, optimizer: ProjectedSGD) -> list[Part]:
+    def tell_apart(self, optimizer: ProjectedOptimizer) -> list[Part]:
         """The plain parameters and the heads of each group."""
         states, attached, groups = optimizer.state, optimizer._attached, optimizer.param_groups
         if (
@@ -211,7 +216,7 @@ class Gatherer:
         known = self.hypers.get(index)
         if known is not None and _are_same(group.values(), known[0]):
             return known[1]
-        hyper = Hyperparameters(*(group[name] for name in HYPERPARAMETERS))
+        hyper = hyperparameters(group)
         if not torch.compiler.is_compiling():  # where a check would compile the numbers in
             checks.check_hyperparameters(hyper)
             checks.check_alpha_scale(group["alpha_scale"])
@@ -220,24 +225,24 @@ class Gatherer:
 
     def head_step(
         self,
+        optimizer: ProjectedOptimizer,
         weight: Tensor,
-        state: dict[str, Any],
         group: dict[str, Any],
         hyper: Hyperparameters,
         mean: Tensor | None,
         scaling: tuple[Tensor | None, Tensor | None],
-        backend: str,
     ) -> tuple[HeadStep, Backend]:
         """The checked step of `weight` with its gradient and feature mean."""
-        grad = weight.grad
+        grad, state, backend = weight.grad, optimizer.state[weight], optimizer.backend
         assert grad is not None  # only such weights are gathered
         dtype = accumulate_dtype(weight.dtype)
         if mean is not None and (mean.dtype != dtype or mean.device != weight.device):  # the model was converted since
             mean = mean.to(weight.device, dtype)
+        rule = optimizer._rule(weight, state, group, hyper)
         last = self.heads.get(weight)
         if last is not None and last.holds(weight, state, group, hyper, backend):
             same = last.step
-            step = HeadStep(weight, grad, same.momentum_buffer, same.projection, mean, same.step, hyper, *scaling)
+            step = HeadStep(weight, grad, same.momentum_buffer, same.projection, mean, same.step, hyper, *scaling, rule)
             return step, last.backend
 
         chosen = backends.choose(backend, weight.device)
@@ -245,8 +250,9 @@ class Gatherer:
         momentum_buffer = state["momentum_buffer"] if checks.has_momentum(hyper.momentum) else None
         W, G, M = local_shards(weight, grad, momentum_buffer)
         # A step without momentum is none that the buffer has seen.
-        count = torch.zeros_like(state["step"]) if momentum_buffer is None else state["step"]
-        step = HeadStep(W, G, M, P, mean, count, hyper, *scaling)
+        is_seen = momentum_buffer is not None or isinstance(rule, AdamW)
+        count = state["step"] if is_seen else torch.zeros_like(state["step"])
+        step = HeadStep(W, G, M, P, mean, count, hyper, *scaling, rule)
         checks.check_head_step(step)
         if type(weight) is nn.Parameter and not torch.compiler.is_compiling() and weight.device.type != "meta":
             nothing = HeadStep(W, W, M, P, None, count, hyper)  # keeps no gradient and no mean alive

@@ -30,6 +30,7 @@ __all__ = [
 ]
 
 PARTS = ("base", "beta", "rows", "count", "nu")
+MOMENTS = ("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")  # as torch names SGD's and AdamW's
 BEFORE_0_2 = "projection"  # what "base" was called, when it was the whole of P
 
 
@@ -63,7 +64,7 @@ def check(state: dict[str, Any], weight: Tensor) -> None:
         "base": (s, s),
         BEFORE_0_2: (s, s),
         "rows": ("R", s),
-        "momentum_buffer": weight.shape,
+        **dict.fromkeys(MOMENTS, weight.shape),
     }
     for name in dtypes_of(weight):
         value = state.get(name)
@@ -72,7 +73,7 @@ def check(state: dict[str, Any], weight: Tensor) -> None:
         else:  # numbers, as some programs save them
             is_fine = value is None or isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
         if not is_fine:
-            what = "a momentum buffer" if name == "momentum_buffer" else "a projection"
+            what = "a momentum buffer" if name in MOMENTS else "a projection"
             raise ValueError(f"state_dict: expected {what} for {describe(weight)}, got {describe(value)} as {name}")
 
 
@@ -92,7 +93,7 @@ def is_scaled_by(projection: Projection, group: dict[str, Any]) -> bool:
 def dtypes_of(weight: Tensor) -> dict[str, torch.dtype]:
     """The dtype of each entry, whatever that of the weight."""
     dtype = accumulate_dtype(weight.dtype)
-    floats = dict.fromkeys(("base", BEFORE_0_2, "beta", "rows", "nu", "momentum_buffer"), dtype)
+    floats = dict.fromkeys(("base", BEFORE_0_2, "beta", "rows", "nu", *MOMENTS), dtype)
     return {**floats, "count": torch.int64, "step": torch.float32}
 
 

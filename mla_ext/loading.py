@@ -12,12 +12,12 @@ from torch.optim import Optimizer
 from . import backends, head_state
 
 if TYPE_CHECKING:
-    from .optimizer import ProjectedSGD
+    from .projected import ProjectedOptimizer
 
 __all__ = ["load"]
 
 
-def load(optimizer: ProjectedSGD, torchs: Callable[[dict[str, Any]], None], state_dict: dict[str, Any]) -> bool:
+def load(optimizer: ProjectedOptimizer, torchs: Callable[[dict[str, Any]], None], state_dict: dict[str, Any]) -> bool:
     """Load `state_dict` by torch's own method, and each P as its saved form says.
 
     Returns whether it is of an optimizer that has not stepped yet. Raises ValueError for a projection that does not

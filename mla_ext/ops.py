@@ -12,7 +12,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from . import backends, checks
+from . import backends, checks, rules
 from .backends import Backend
 from .projection import Projection
 from .reference import Hyperparameters
@@ -76,6 +76,12 @@ def head_step_(
 
 def run_head_step_(step: HeadStep, backend: Backend) -> None:
     """`head_step_` on arguments that are already checked, with gradients disabled."""
+    operand = rules.operand_step(step)
+    _run_contiguous(operand, backend)
+    _write_back((step.weight, operand.weight))
+
+
+def _run_contiguous(step: HeadStep, backend: Backend) -> None:
     P = step.projection
     written = (step.weight, step.momentum_buffer, P.base, P.rows)
     read = (step.grad, step.feature_mean)

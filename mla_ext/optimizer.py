@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import copy
-import warnings
-import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
-from . import backends, checks, head_state, loading
-from .gather import HYPERPARAMETERS, Gatherer
-from .observation import Observation, observe
-from .recording import Link, Recorder
-from .reference import Hyperparameters, accumulate_dtype
-from .sharding import check_ranks, check_sharding
-from .watching import watchable
+from .gather import HYPERPARAMETERS, Gathered
+from .plain import check_plain_step, plain_step
+from .projected import ProjectedOptimizer
+from .reference import Hyperparameters
+from .rules import SGD, Rule
 
 __all__ = ["ProjectedSGD"]
 
+SGD_UPDATE = SGD()
 
-class ProjectedSGD(Optimizer):
+
+class ProjectedSGD(ProjectedOptimizer):
     """SGD with the gradient modification of MLA (arXiv 2311.10707, eq. 4-6) for the weights of attached heads.
 
     An attached weight W (C, s) carries a projection P (s, s), at first the identity. Its step projects the gradient,
@@ -35,20 +29,24 @@ class ProjectedSGD(Optimizer):
 
     Args:
         params: parameters or parameter groups, as for any optimizer.
-        lr, momentum, dampening, weight_decay, nesterov, maximize: as torch.optim.SGD's; weight decay and momentum
-            come after the projection.
+        lr, momentum, dampening, weight_decay, nesterov, maximize: as torch.optim.SGD's.
         alpha: α > 0 of the update. Smaller protects more; may be changed by schedulers like lr.
         alpha_scale: "features" makes ν the running mean of ‖h̄‖², so that P is the same whatever the scale of the
             features. None makes ν 1, the paper's fixed α.
         absorb: "after" projects with P_{t-1} and then absorbs; "before" absorbs first and projects with P_t (OWM).
         normalize: divide P by its Frobenius norm after each update; a dense P only.
         forget: the rate ρ in [0, 1] of P ← (1−ρ) P + ρ I after each update, which gives plasticity back.
+        project: "gradient", as the paper has it; weight decay and momentum come after it, and move W along what P
+            protects. "update" projects what SGD is about to add to W, with both in it, so that nothing leaks; the
+            momentum buffer then holds gradients that are not projected. Elementwise operations of PyTorch make the
+            update, so it costs some passes over W more.
         rank: None keeps P as a matrix (s, s), the paper's form. A number R >= 2 keeps P as R rows and one number: exact
             until R updates, then the R/2 strongest directions stay exact. "auto" takes the one that costs less.
         capturable: make lr and alpha tensors on the device of their parameters, where a CUDA graph that captured the
             step reads what schedulers write.
         foreach, fused: as torch.optim.SGD's, for parameters that are not attached.
         differentiable: must be False.
+        heads: modules to `attach`.
         backend: "auto", or one of `mla_ext.build_info()["backends"]`.
         process_group: whose ranks share their features: None is the default group once torch.distributed is
             initialised, "local" never communicates.
@@ -58,9 +56,6 @@ class ProjectedSGD(Optimizer):
     Under torch.amp.GradScaler the kernels divide by its scale themselves, and an overflow leaves weights, momentum
     and P as they are. `mla_ext/head_state.py` says what the state of an attached weight is.
     """
-
-    _has_loaded = False
-    _step_supports_amp_scaling = True  # tells GradScaler to pass its scale on, rather than wait for the overflow check
 
     def __init__(
         self,
@@ -77,6 +72,7 @@ class ProjectedSGD(Optimizer):
         absorb: str = "after",
         normalize: bool = False,
         forget: float = 0.0,
+        project: str = "gradient",
         rank: int | str | None = "auto",
         capturable: bool = False,
         foreach: bool | None = None,
@@ -84,171 +80,28 @@ class ProjectedSGD(Optimizer):
         differentiable: bool = False,
         backend: str = "auto",
         process_group: dist.ProcessGroup | str | None = None,
+        heads: Iterable[nn.Module] | None = None,
     ) -> None:
         hyper = Hyperparameters(
-            lr, momentum, dampening, weight_decay, nesterov, maximize, alpha, absorb, normalize, forget
+            lr, momentum, dampening, weight_decay, nesterov, maximize, alpha, absorb, normalize, forget, project
         )
-        options = {"alpha_scale": alpha_scale, "rank": rank, "capturable": capturable}
-        options |= {"foreach": foreach, "fused": fused}
-        checks.check_options(options, differentiable, process_group)
-        backends.check_name(backend)
-        check_ranks(process_group)
-        self.backend = backend
-        self.process_group = process_group
-        self._attached: dict[Tensor, weakref.ref[Recorder] | None] = {}  # with the hook that should feed it, if any
-        self._observed: dict[Tensor, Observation] = {}
-        self._gatherer = Gatherer()
-        self._link = Link()
-        self._link.bind(self)
-        super().__init__(params, {name: getattr(hyper, name) for name in HYPERPARAMETERS} | options)
+        defaults = {name: getattr(hyper, name) for name in HYPERPARAMETERS}
+        defaults |= {"alpha_scale": alpha_scale, "rank": rank, "capturable": capturable}
+        defaults |= {"foreach": foreach, "fused": fused}
+        self._begin(params, defaults, differentiable, backend, process_group, heads)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As for any optimizer; the group's hyperparameters are checked first."""
-        merged = self.defaults | (param_group if isinstance(param_group, dict) else {})
-        checks.check_number("lr", merged["lr"], ">= 0", lambda lr: lr >= 0)
-        checks.check_hyperparameters(Hyperparameters(*(merged[name] for name in HYPERPARAMETERS)))
-        checks.check_alpha_scale(merged["alpha_scale"])
-        checks.check_rank(merged["rank"], merged["normalize"])
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        if group["capturable"] and group["params"]:  # a captured graph reads them where they are
-            for name in ("lr", "alpha"):
-                group[name] = torch.as_tensor(group[name], dtype=torch.float32, device=group["params"][0].device)
+    def _rule(
+        self, weight: Tensor, state: dict[str, Any], group: dict[str, Any], hyper: Hyperparameters
+    ) -> Rule | None:
+        return SGD_UPDATE if hyper.project == "update" else None
 
-    def attach(self, head: nn.Linear) -> RemovableHandle:
-        """Project the steps of head.weight, and record what the head is fed.
+    def _step_at_once(self, steps: Gathered) -> bool:
+        return steps.run_at_once(self.backend)
 
-        In training mode, with gradients enabled, each forward of `head` (inputs (..., s)) adds to the feature mean of
-        the next step, also one whose gradient is thrown away. The returned handle's remove() ends the recording; the
-        weight keeps its projection. The head does not keep the optimizer alive.
-        """
-        if not isinstance(head, nn.Linear):
-            raise TypeError(f"head: expected an nn.Linear, got {type(head).__name__}")
-        self._attach(head.weight, "head.weight")
-        recorder = Recorder(self._link, head.weight)
-        handle = head.register_forward_hook(recorder, with_kwargs=True)
-        self._attached[head.weight] = weakref.ref(recorder)
-        weakref.finalize(self, handle.remove).atexit = False
-        return handle
+    def _check_plain(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        check_plain_step(self.state, group, params)
 
-    def observe(self, weight: Tensor, features: Tensor) -> None:
-        """Record features (N, s), the inputs of the head with this weight (C, s), by hand. N counts as its weight."""
-        checks.check_tensor("weight", weight, ("C", "s"))
-        checks.check_tensor("features", features, ("N", weight.shape[1]), device=weight.device)
-        checks.check_nonempty("features", features)
-        self._attach(weight, "weight")
-        self._record(weight, features)
-
-    def projection(self, weight: Tensor) -> Tensor:
-        """The projection P (s, s) of an attached weight, dense: a copy, in float32 (float64 for float64)."""
-        P = head_state.get_projection(self.state.get(weight, {})) if isinstance(weight, Tensor) else None
-        if P is None:
-            if isinstance(weight, Tensor) and weight in self._attached:
-                return torch.eye(weight.shape[1], dtype=accumulate_dtype(weight.dtype), device=weight.device)
-            what = checks.describe(weight)
-            raise ValueError(f"weight: expected a weight that was attached or observed, got {what} that was not")
-        # A copy, as looking changes no later bits; beside the weight, which may have been converted or moved.
-        P = P.copy_to(accumulate_dtype(weight.dtype), weight.device)
-        backends.choose(self.backend, weight.device).settle_(P)
-        return P.dense()
-
-    def reset_projection(self) -> None:
-        """Every P back to the identity, and its ν to none: full plasticity, nothing protected."""
-        for state in self.state.values():
-            P = head_state.get_projection(state)
-            if P is not None:
-                P.reset_()
-
-    @torch.no_grad()
-    def settle(self) -> None:
-        """Fold the updates that a dense P keeps as rows into its matrix. Nothing needs this: P stays the same."""
-        for state in self.state.values():
-            P = head_state.get_projection(state)
-            if P is not None:
-                backends.choose(self.backend, state["step"].device).settle_(P)
-
-    @watchable
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of every parameter that has a gradient; returns the closure's loss, if there is one."""
-        initialized = torch.cuda.is_initialized()
-        capturing = initialized and torch.cuda.is_current_stream_capturing()
-        if capturing and not all(group["capturable"] for group in self.param_groups):
-            raise RuntimeError("capturable: expected True in every parameter group to capture a step, got False")
-        # Set by GradScaler for the length of this call.
-        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        loss = None
-        try:
-            if closure is not None:
-                with torch.enable_grad():
-                    loss = closure()
-            steps = self._gatherer.gather(self, grad_scale, found_inf)
-        finally:
-            # Even if the step fails: features of a batch that was given up must not meet the next gradient. In place,
-            # since torch.compile drops the assignment of an optimizer's attribute.
-            self._observed.clear()
-        if not steps.run_at_once(self.backend):
-            steps.check(self.state)
-            steps.run(self.state)
-        for recorder, observation in steps.used:
-            recorder.spare = observation
-        return loss
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As for any optimizer. P and momentum keep their precision under half-precision weights.
-
-        `rank` decides the form of P: a checkpoint of a dense P loads into the rank form, and the other way; with "auto"
-        P keeps the form it was saved in. Raises ValueError for a projection that does not fit its weight.
-        """
-        is_new = loading.load(self, super().load_state_dict, state_dict)
-        self._observed.clear()
-        self._has_loaded = True
-        for weight in () if is_new else self._attached:
-            self._warn_of_identity(weight, stacklevel=3)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> ProjectedSGD:
-        memo[id(self.process_group)] = self.process_group  # which cannot be copied: the copy has the same ranks
-        copied = type(self).__new__(type(self))
-        memo[id(self)] = copied
-        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        return copied
-
-    def __getstate__(self) -> dict[str, Any]:
-        own: dict[str, Any] = {"backend": self.backend, "process_group": self.process_group}
-        own |= {"_attached": dict.fromkeys(self._attached), "_link": self._link}
-        own |= {"_observed": {}, "_gatherer": Gatherer()}
-        return super().__getstate__() | own
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if "_link" in state:
-            self._link.bind(self)
-
-    def _attach(self, weight: Tensor, name: str) -> None:
-        """Mark `weight` as one whose steps are projected. Its state is made by its first step."""
-        if isinstance(weight, Tensor) and weight in self._attached:
-            return
-        checks.check_tensor(name, weight, ("C", "s"))
-        checks.check_nonempty(name, weight)
-        if not any(weight is param for group in self.param_groups for param in group["params"]):
-            computed = "" if weight.is_leaf else " that is computed, as a parametrised module's is"
-            raise ValueError(f"{name}: expected a parameter of this optimizer, got {checks.describe(weight)}{computed}")
-        check_sharding(name, weight)
-        self._attached[weight] = None
-        if self._has_loaded:
-            self._warn_of_identity(weight, stacklevel=4)
-
-    def _record(self, weight: Tensor, features: Tensor) -> None:
-        self._join(weight, observe(features, accumulate_dtype(weight.dtype), self.backend))
-
-    def _join(self, weight: Tensor, new: Observation) -> None:
-        observation = self._observed.setdefault(weight, new)
-        if observation is not new:
-            observation.add(new)
-
-    def _warn_of_identity(self, weight: Tensor, stacklevel: int) -> None:
-        if not head_state.has_projection(self.state.get(weight, {})):
-            warnings.warn(
-                "the loaded state has no projection for an attached weight: its P starts from the identity",
-                stacklevel=stacklevel,
-            )
+    def _step_plain(
+        self, group: dict[str, Any], params: list[Tensor], grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
+        plain_step(self.state, group, params, grad_scale, found_inf)

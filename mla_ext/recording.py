@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .checks import WEIGHT_DTYPES
 from .observation import Observation
 
 if TYPE_CHECKING:
-    from .optimizer import ProjectedSGD
+    from .projected import ProjectedOptimizer
 
-__all__ = ["Link", "Recorder"]
+__all__ = ["Handles", "Link", "Recorder"]
+
+
+class Handles:
+    """The handles of several heads as one: remove() ends all their recordings."""
+
+    def __init__(self, handles: Sequence[RemovableHandle | Handles]) -> None:
+        self._handles = handles
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
 
 
 class Link:
@@ -26,9 +39,9 @@ class Link:
     """
 
     def __init__(self) -> None:
-        self.optimizer: weakref.ref[ProjectedSGD] | None = None
+        self.optimizer: weakref.ref[ProjectedOptimizer] | None = None
 
-    def bind(self, optimizer: ProjectedSGD) -> None:
+    def bind(self, optimizer: ProjectedOptimizer) -> None:
         self.optimizer = weakref.ref(optimizer)
 
     def __reduce__(self) -> tuple[type[Link], tuple[()]]:

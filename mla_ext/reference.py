@@ -9,6 +9,7 @@ Every function returns new tensors, on any device, and computes in `accumulate_d
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 __all__ = [
     "Hyperparameters",
     "accumulate_dtype",
+    "adamw_update",
     "entropy_fusion",
     "feature_mean",
     "head_step",
@@ -26,6 +28,7 @@ __all__ = [
     "rank_product",
     "rank_update",
     "rls_update",
+    "sgd_update",
 ]
 
 
@@ -40,6 +43,7 @@ class Hyperparameters:
 
     `alpha` is the α and `forget` the forgetting rate ρ of the RLS update; `normalize` divides P by its Frobenius
     norm after each update; `absorb` says which P projects: "after" P_{t-1} (the paper's text), "before" P_t (OWM).
+    `project` says what: the "gradient", before momentum and weight decay, or the "update" with both in it.
     """
 
     lr: float | Tensor = 1e-3
@@ -52,6 +56,7 @@ class Hyperparameters:
     absorb: str = "after"
     normalize: bool = False
     forget: float | Tensor = 0.0
+    project: str = "gradient"
 
 
 def feature_mean(features: Tensor) -> Tensor:
@@ -157,17 +162,58 @@ def rank_compress(beta: Tensor, rows: Tensor, keep: int) -> tuple[Tensor, Tensor
     return rest.to(beta.dtype), (factor.unsqueeze(1) * (vectors[:, :keep].T @ K)).to(rows.dtype)
 
 
-def _sgd(
-    weight: Tensor, projected: Tensor, momentum_buffer: Tensor | None, step: Tensor, hyper: Hyperparameters
+def sgd_update(
+    weight: Tensor, grad: Tensor, momentum_buffer: Tensor | None, step: Tensor, hyper: Hyperparameters
 ) -> tuple[Tensor, Tensor | None]:
-    """The new weight and momentum_buffer of torch.optim.SGD, with the gradient `projected` (C, s)."""
-    g = -projected if hyper.maximize else projected
+    """X (C, s) of torch.optim.SGD's step W ← W − γX, in the dtype of grad (C, s), and the new momentum_buffer."""
+    g = -grad if hyper.maximize else grad
     g = g + hyper.weight_decay * weight.to(g.dtype)
     if momentum_buffer is not None:
         blended = hyper.momentum * momentum_buffer + (1 - hyper.dampening) * g
         momentum_buffer = torch.where(step == 0, g, blended)
         g = g + hyper.momentum * momentum_buffer if hyper.nesterov else momentum_buffer
-    return (weight.to(g.dtype) - hyper.lr * g).to(weight.dtype), momentum_buffer
+    return g, momentum_buffer
+
+
+def adamw_update(
+    weight: Tensor,
+    grad: Tensor,
+    moments: tuple[Tensor, Tensor, Tensor | None],
+    step: Tensor,
+    hyper: Hyperparameters,
+    betas: tuple[float | Tensor, float | Tensor],
+    eps: float,
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor | None]]:
+    """X (C, s) of torch.optim.AdamW's step W ← W − γX, decoupled decay included, and the new moments.
+
+    moments: exp_avg, exp_avg_sq and, with amsgrad, max_exp_avg_sq, each like grad (C, s); step: 0-d, the steps before
+    this one; hyper: its weight_decay and maximize.
+    """
+    g = -grad if hyper.maximize else grad
+    first, second, largest = moments
+    first = first + (1 - betas[0]) * (g - first)
+    second = betas[1] * second + (1 - betas[1]) * g * g
+    largest = None if largest is None else torch.maximum(largest, second)
+    t = step.double() + 1
+    scale = ((second if largest is None else largest) / (1 - betas[1] ** t)).sqrt() + eps
+    return hyper.weight_decay * weight.to(g.dtype) + first / (1 - betas[0] ** t) / scale, (first, second, largest)
+
+
+def _project(
+    weight: Tensor,
+    grad: Tensor,
+    momentum_buffer: Tensor | None,
+    step: Tensor,
+    hyper: Hyperparameters,
+    product: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor | None]:
+    """The new weight and momentum_buffer; `product` multiplies by P."""
+    if hyper.project == "update":
+        update, momentum_buffer = sgd_update(weight, grad, momentum_buffer, step, hyper)
+        update = product(update)
+    else:
+        update, momentum_buffer = sgd_update(weight, product(grad), momentum_buffer, step, hyper)
+    return (weight.to(update.dtype) - hyper.lr * update).to(weight.dtype), momentum_buffer
 
 
 def head_step(
@@ -181,6 +227,8 @@ def head_step(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """One step of the shared head, eq. 6: W ← W − γ · SGD(G P), and P ← rls_update(P, h̄).
 
+    With hyper.project == "update" it is W ← W − γ · SGD(G) P.
+
     Args: weight and grad (C, s); momentum_buffer (C, s) or None without momentum; projection P (s, s);
     feature_mean h̄ (s,) or None when there is nothing to absorb; step 0-d, the updates momentum_buffer has seen.
     Returns the new weight, momentum_buffer and projection. As in torch.optim.SGD the first step's momentum buffer
@@ -190,7 +238,7 @@ def head_step(
     if feature_mean is not None:
         absorbed = rls_update(projection, feature_mean, hyper.alpha, hyper.forget, hyper.normalize)
     P = absorbed if hyper.absorb == "before" else projection
-    weight, momentum_buffer = _sgd(weight, grad.to(P.dtype) @ P, momentum_buffer, step, hyper)
+    weight, momentum_buffer = _project(weight, grad.to(P.dtype), momentum_buffer, step, hyper, lambda X: X @ P)
     return weight, momentum_buffer, absorbed
 
 
@@ -216,7 +264,9 @@ def rank_head_step(
     if feature_mean is not None:
         absorbed = rank_update(beta, rows, feature_mean, hyper.alpha, hyper.forget)
     P = absorbed if hyper.absorb == "before" else (beta, rows)
-    weight, momentum_buffer = _sgd(weight, rank_product(grad.to(rows.dtype), *P), momentum_buffer, step, hyper)
+    weight, momentum_buffer = _project(
+        weight, grad.to(rows.dtype), momentum_buffer, step, hyper, lambda X: rank_product(X, *P)
+    )
     if len(absorbed[1]) == capacity:
         absorbed = rank_compress(*absorbed, capacity // 2)
     return weight, momentum_buffer, *absorbed

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard, cast
 import torch.distributed as dist
 from torch import Tensor, nn
 
-__all__ = ["check_ranks", "check_sharding", "local_shards"]
+__all__ = ["check_ranks", "check_sharding", "local_shard", "local_shards", "whole"]
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -48,6 +48,16 @@ def local_shards(weight: Tensor, grad: Tensor, momentum_buffer: Tensor | None) -
     if not _is_sharded(weight):
         return weight, grad, momentum_buffer
     return _shard(weight), _shard(grad), None if momentum_buffer is None else _shard(momentum_buffer)
+
+
+def local_shard(tensor: Tensor) -> Tensor:
+    """This rank's rows; a plain tensor is returned as it is."""
+    return _shard(tensor) if _is_sharded(tensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All rows of a tensor, gathered from the ranks if it is sharded: a collective then."""
+    return tensor.full_tensor() if _is_sharded(tensor) else tensor
 
 
 def _shard(sharded: Tensor) -> Tensor:

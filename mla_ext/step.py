@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from .projection import Projection
 from .reference import Hyperparameters
+
+if TYPE_CHECKING:
+    from .rules import Rule
 
 __all__ = ["HeadStep", "PlainStep"]
 
@@ -15,6 +19,9 @@ __all__ = ["HeadStep", "PlainStep"]
 @dataclass(slots=True)
 class HeadStep:
     """W ← W − γ · SGD(G P), then P absorbs h̄ (eq. 4-6); in place on weight, momentum_buffer, projection and step.
+
+    With a rule, or hyper.project == "update", W ← W − γ X P with the rule's update X; `rules.operand_step` makes of it
+    the step above, so a backend meets no rule.
 
     weight W and grad G (C, s); momentum_buffer (C, s) or None without momentum; projection P; feature_mean h̄ (s,) or
     None when there is nothing to absorb; step, 0-d float32, the updates that momentum_buffer has seen; grad_scale, one
@@ -30,6 +37,7 @@ class HeadStep:
     hyper: Hyperparameters
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
+    rule: Rule | None = None
 
 
 @dataclass(slots=True)

@@ -13,6 +13,7 @@ RANK_OPTIONS = {
     "before": {"absorb": "before", "momentum": 0.9},
     "forget": {"forget": 0.05},
     "before_forget": {"forget": 0.05, "absorb": "before"},
+    "update": {"project": "update", "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.01},
 }
 
 

@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 from helpers import network
 from torch import nn
 
-from mla_ext import ProjectedSGD
+from mla_ext import ProjectedAdamW, ProjectedSGD
 
 ROWS = 6
 SPLITS = {2: [slice(0, 4), slice(4, 6)], 3: [slice(0, 5), slice(5, 5), slice(5, 6)]}  # uneven; one rank with nothing
@@ -24,8 +24,12 @@ def batch(t):
     return helpers.batch(t, ROWS, classes=2)
 
 
-def make(model, head):
-    optimizer = ProjectedSGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01, alpha=0.01)
+def make(model, head, adamw=False):
+    options = {"weight_decay": 0.01, "alpha": 0.01}
+    if adamw:  # a large eps, as AdamW makes a step of the rounding of a small gradient
+        optimizer = ProjectedAdamW(model.parameters(), lr=0.01, eps=0.1, amsgrad=True, **options)
+    else:
+        optimizer = ProjectedSGD(model.parameters(), lr=0.1, momentum=0.9, **options)
     optimizer.attach(head)
     return optimizer
 
@@ -34,9 +38,9 @@ def loss_of(model, x, y):
     return nn.functional.cross_entropy(model(x), y, reduction="sum") / ROWS
 
 
-def single_process(classes=3):
+def single_process(classes=3, adamw=False):
     model = network(classes=classes)
-    optimizer = make(model, model[2])
+    optimizer = make(model, model[2], adamw)
     for t in range(4):
         optimizer.zero_grad()
         loss_of(model, *batch(t)).backward()
@@ -62,8 +66,8 @@ def _start(rank, worker, world, folder, port):
         dist.destroy_process_group()
 
 
-def assert_ranks_agree(results, classes=3):
-    truth = single_process(classes)
+def assert_ranks_agree(results, classes=3, adamw=False):
+    truth = single_process(classes, adamw)
     for state, P in results:
         assert torch.equal(P, results[0][1])
         torch.testing.assert_close(P, truth[1], rtol=1e-4, atol=1e-5)
@@ -99,7 +103,7 @@ def test_ddp_is_the_single_process(world, worker, tmp_path):
     assert_ranks_agree(run(worker, world, tmp_path))
 
 
-def fsdp(rank, world, classes=3):
+def fsdp(rank, world, classes=3, adamw=False):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -107,7 +111,7 @@ def fsdp(rank, world, classes=3):
     mesh = init_device_mesh("cpu", (world,))
     fully_shard(model[2], mesh=mesh)
     fully_shard(model, mesh=mesh)
-    optimizer = make(model, model[2])
+    optimizer = make(model, model[2], adamw)
     for t in range(4):
         x, y = (part[SPLITS[world][rank]] for part in batch(t))
         optimizer.zero_grad()
@@ -121,10 +125,18 @@ def fsdp_with_two_classes(rank, world):
     return fsdp(rank, world, classes=2)
 
 
+def fsdp_adamw(rank, world):
+    return fsdp(rank, world, classes=2, adamw=True)
+
+
 @pytest.mark.parametrize(("worker", "world", "classes"), [(fsdp, 2, 3), (fsdp, 3, 3), (fsdp_with_two_classes, 3, 2)])
 def test_a_sharded_head_is_the_single_process(worker, world, classes, tmp_path):
     """With three ranks and two classes the last rank holds no row of the weight."""
     assert_ranks_agree(run(worker, world, tmp_path), classes)
+
+
+def test_a_sharded_head_of_adamw_is_the_single_process(tmp_path):
+    assert_ranks_agree(run(fsdp_adamw, 3, tmp_path), classes=2, adamw=True)
 
 
 def local(rank, world):

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.utils.checkpoint import checkpoint
 
-from mla_ext import ProjectedSGD
+from mla_ext import ProjectedAdamW, ProjectedSGD
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 pytestmark = pytest.mark.usefixtures("default_device")
@@ -32,9 +32,17 @@ class Network(nn.Module):
         return checkpoint(self.head, features, use_reentrant=self.recompute)
 
 
-def make(model=None, /, **options):
-    model = model or Network()
-    optimizer = ProjectedSGD(model.parameters(), **({"lr": 0.1, "momentum": 0.9, "alpha": 0.01} | options))
+KINDS = {
+    "sgd": (ProjectedSGD, {"lr": 0.1, "momentum": 0.9}),
+    "update": (ProjectedSGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "project": "update"}),
+    "adamw": (ProjectedAdamW, {"lr": 0.01, "amsgrad": True}),
+}
+each = pytest.mark.parametrize("kind", KINDS)
+
+
+def make(model=None, /, kind="sgd", **options):
+    model, (cls, defaults) = model or Network(), KINDS[kind]
+    optimizer = cls(model.parameters(), **({"alpha": 0.01} | defaults | options))
     optimizer.attach(model.head)
     return model, optimizer
 
@@ -47,8 +55,9 @@ def assert_same(ours, theirs, exact=True):
     torch.testing.assert_close(optimizer.projection(model.head.weight), its.projection(other.head.weight), **tolerance)
 
 
-def test_pickle():
-    ours = make()
+@each
+def test_pickle(kind):
+    ours = make(kind=kind)
     train(*ours, 3)
     theirs = pickle.loads(pickle.dumps(ours))
     train(*ours, 3, first=3)
@@ -56,15 +65,16 @@ def test_pickle():
     assert_same(ours, theirs)
 
 
+@each
 @pytest.mark.filterwarnings("ignore")  # what torch says of its own checkpoint reader
-def test_distributed_checkpoint(tmp_path):
-    ours = make()
+def test_distributed_checkpoint(tmp_path, kind):
+    ours = make(kind=kind)
     train(*ours, 3)
     state = dict(zip(("model", "optimizer"), get_state_dict(*ours), strict=True))
     dcp.save(state, checkpoint_id=tmp_path / "checkpoint", no_dist=True)
     train(*ours, 3, first=3)
 
-    theirs = make()
+    theirs = make(kind=kind)
     train(*theirs, 1)  # the state exists, with other values
     state = dict(zip(("model", "optimizer"), get_state_dict(*theirs), strict=True))
     dcp.load(state, checkpoint_id=tmp_path / "checkpoint", no_dist=True)
@@ -73,12 +83,13 @@ def test_distributed_checkpoint(tmp_path):
     assert_same(ours, theirs)
 
 
+@each
 @pytest.mark.parametrize("start", DEVICES)
 @pytest.mark.parametrize("end", DEVICES)
-def test_a_checkpoint_moves_between_devices(start, end):
-    ours = make(Network().to(start))
+def test_a_checkpoint_moves_between_devices(start, end, kind):
+    ours = make(Network().to(start), kind=kind)
     train(*ours, 3)
-    theirs = make(Network().to(end))
+    theirs = make(Network().to(end), kind=kind)
     theirs[0].load_state_dict(ours[0].state_dict())
     theirs[1].load_state_dict(ours[1].state_dict())
     state = theirs[1].state[theirs[0].head.weight]
@@ -91,11 +102,12 @@ def test_a_checkpoint_moves_between_devices(start, end):
         torch.testing.assert_close(a, b)
 
 
-def test_loading_brings_all_state_to_the_parameter():
+@each
+def test_loading_brings_all_state_to_the_parameter(kind):
     """Shown with the meta device, so that it needs no GPU."""
-    ours = make()
+    ours = make(kind=kind)
     train(*ours, 1)
-    theirs = make(Network().to("meta"))
+    theirs = make(Network().to("meta"), kind=kind)
     theirs[1].load_state_dict(ours[1].state_dict())
     assert {value.device.type for value in theirs[1].state[theirs[0].head.weight].values()} == {"meta"}
 
@@ -143,8 +155,9 @@ def test_memory_stays_flat():
     assert all(not value.requires_grad for value in optimizer.state[model.head.weight].values())
 
 
-def test_attaching_twice_changes_nothing():
-    once, twice = make(), make()
+@each
+def test_attaching_twice_changes_nothing(kind):
+    once, twice = make(kind=kind), make(kind=kind)
     twice[1].attach(twice[0].head)
     train(*once, 3)
     train(*twice, 3)
@@ -174,8 +187,9 @@ def test_a_parametrised_head_is_refused_with_a_reason():
         optimizer.attach(head)
 
 
-def test_a_frozen_head_is_left_alone():
-    model, optimizer = make()
+@each
+def test_a_frozen_head_is_left_alone(kind):
+    model, optimizer = make(kind=kind)
     model.head.requires_grad_(False)
     before = copy.deepcopy(model.head.state_dict())
     train(model, optimizer, 3)
@@ -183,25 +197,28 @@ def test_a_frozen_head_is_left_alone():
     assert torch.equal(optimizer.projection(model.head.weight), torch.eye(8))
 
 
+@each
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_activation_checkpointing(use_reentrant):
-    plain, recomputed = make(), make(Network(recompute=use_reentrant))
+def test_activation_checkpointing(use_reentrant, kind):
+    plain, recomputed = make(kind=kind), make(Network(recompute=use_reentrant), kind=kind)
     train(*plain, 3)
     train(*recomputed, 3)
     assert_same(plain, recomputed, exact=False)
 
 
+@each
 @pytest.mark.filterwarnings("ignore")  # what the compiler says of itself is not ours
-def test_a_head_inside_a_compiled_model():
-    plain, compiled = make(), make()
+def test_a_head_inside_a_compiled_model(kind):
+    plain, compiled = make(kind=kind), make(kind=kind)
     train(*plain, 3)
     train(*compiled, 3, forward=torch.compile(compiled[0], backend="eager"))
     assert_same(plain, compiled, exact=False)
 
 
+@each
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_features_and_float32_weights(dtype):
-    model, optimizer = make()
+def test_autocast_features_and_float32_weights(dtype, kind):
+    model, optimizer = make(kind=kind)
     for t in range(3):
         x, y = batch(t)
         optimizer.zero_grad()
@@ -209,7 +226,7 @@ def test_autocast_features_and_float32_weights(dtype):
             loss = nn.functional.cross_entropy(model(x).float(), y)
         loss.backward()
         optimizer.step()
-    plain = make()
+    plain = make(kind=kind)
     train(*plain, 3)
     P, expected = (o.projection(m.head.weight) for m, o in ((model, optimizer), plain))
     assert P.dtype == torch.float32

@@ -22,6 +22,8 @@ OPTIONS = {
     "before": {"absorb": "before", "momentum": 0.9},
     "forget": {"forget": 0.05},
     "normalize": {"normalize": True, "absorb": "before", "forget": 0.05},
+    "update": {"project": "update", "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.01},
+    "nesterov_update": {"project": "update", "momentum": 0.8, "nesterov": True, "maximize": True, "absorb": "before"},
 }
 
 pytestmark = pytest.mark.parametrize(("device", "backend"), CASES)

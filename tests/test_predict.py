@@ -116,8 +116,11 @@ def test_a_picture_shows_the_history(run):
     assert list(lines(accuracy)["entropy fusion"]) == fused
     assert {"sound", "sight"} < set(lines(accuracy))
     assert list(lines(loss)["training, sight"]) == [record["training_loss"]["sight"] for record in history]
-    (values,) = lines(plasticity).values()
+    values, passed = lines(plasticity).values()
     assert list(values) == [record["plasticity"] for record in history]
+    assert list(passed) == [record["gradient_passed"] for record in history]
+    assert min(passed) > 0
+    assert max(passed) < 1
     assert 0 < values[-1] < values[0] < 1  # P only shrinks
     old = [{key: value for key, value in record.items() if key != "plasticity"} for record in history]
     assert len(plots.draw_training(old, "title").axes) == 2

@@ -1,7 +1,7 @@
 """What PyTorch's own suite checks of an optimizer, on the inputs that it ships (torch.testing._internal).
 
-Three run through it: torch.optim.SGD as the control, ProjectedSGD with nothing attached, and ProjectedSGD with every
-weight attached and fed before each step.
+Five run through it: torch.optim.SGD as the control, ProjectedSGD and ProjectedAdamW with nothing attached, and each of
+the two with every weight attached and fed before each step.
 """
 
 import copy
@@ -13,16 +13,17 @@ import warnings
 import pytest
 import torch
 from torch import nn
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.testing._internal import common_optimizers
 from torch.testing._internal.common_optimizers import OptimizerErrorEnum, OptimizerInfo
 
-from mla_ext import ProjectedSGD
+from mla_ext import ProjectedAdamW, ProjectedSGD
+from mla_ext.projected import ProjectedOptimizer
 
 
-class Attached(ProjectedSGD):
+class Attaching(ProjectedOptimizer):
     """Attaches every 2-D weight at construction, and feeds it the same batch before each step."""
 
     def __init__(self, *args, **options):
@@ -41,14 +42,22 @@ class Attached(ProjectedSGD):
             features = torch.linspace(-1, 1, 2 * weight.shape[1], device=weight.device, dtype=torch.float32)
             self.observe(weight, features.view(2, -1).to(weight.dtype))
         with torch.no_grad():
-            return inspect.unwrap(ProjectedSGD.step)(self, closure)  # its hooks are this method's already
+            return inspect.unwrap(ProjectedOptimizer.step)(self, closure)  # its hooks are this method's already
+
+
+class Attached(Attaching, ProjectedSGD):
+    pass
+
+
+class AttachedAdamW(Attaching, ProjectedAdamW):
+    pass
 
 
 def of_ours(error_inputs):
     """The same errors, in our words."""
     for each in error_inputs:
         if "lr" in each.optimizer_error_input.kwargs:
-            each.error_type, each.error_regex = (TypeError, ValueError), "(lr|momentum): expected"
+            each.error_type, each.error_regex = (TypeError, ValueError), "(lr|momentum|betas|weight_decay): expected"
     return error_inputs
 
 
@@ -67,6 +76,19 @@ INFOS = [CONTROL] + [
     )
     for cls in (ProjectedSGD, Attached)
 ]
+ADAMW = next(info for info in common_optimizers.optim_db if info.optim_cls is AdamW)
+INFOS += [
+    OptimizerInfo(
+        cls,
+        optim_inputs_func=ADAMW.optim_inputs_func,
+        optim_error_inputs_func=lambda device, dtype: of_ours(ADAMW.optim_error_inputs_func(device, dtype)),
+        scheduler_inputs=ADAMW.scheduler_inputs,
+        supported_impls=("foreach", "fused"),
+        not_og_supported_flags=ADAMW.not_og_supported_flags,
+        supports_fused_on=("cpu", "cuda"),
+    )
+    for cls in (ProjectedAdamW, AttachedAdamW)
+]
 
 
 @pytest.fixture(autouse=True)
@@ -79,6 +101,16 @@ def one_thread():
 
 
 every = pytest.mark.parametrize("info", INFOS, ids=lambda info: info.name)
+
+
+def torchs(info):
+    """The optimizer of torch that an unattached parameter steps as."""
+    return AdamW if issubclass(info.optim_cls, AdamW) else SGD
+
+
+def momentum_of(info):
+    """Options with which there is a momentum, and its name in the state."""
+    return ({}, "exp_avg") if issubclass(info.optim_cls, AdamW) else ({"momentum": 0.9}, "momentum_buffer")
 
 
 def configurations(info, skip=("differentiable",)):
@@ -357,7 +389,7 @@ def test_complex_parameters_step_as_their_two_parts(info, shape):
         value = torch.complex(randn(*shape), randn(*shape, seed=1))
         whole = nn.Parameter(value.clone())
         parts = [nn.Parameter(value.real.clone()), nn.Parameter(value.imag.clone())]
-        optimizer, other = info.optim_cls([whole], **options), SGD(parts, **options)
+        optimizer, other = info.optim_cls([whole], **options), torchs(info)(parts, **options)
         for seed in range(3):
             grad = torch.complex(randn(*shape, seed=2 * seed), randn(*shape, seed=2 * seed + 1))
             whole.grad, parts[0].grad, parts[1].grad = grad, grad.real.clone(), grad.imag.clone()
@@ -366,7 +398,7 @@ def test_complex_parameters_step_as_their_two_parts(info, shape):
         assert_equal([whole.real, whole.imag], parts, rtol=1e-6, atol=1e-6), desc
 
 
-@every
+@pytest.mark.parametrize("info", [info for info in INFOS if info.supports_sparse], ids=lambda info: info.name)
 def test_sparse_gradients_step_as_dense_ones(info):
     options, makers = info.metadata_for_sparse
     results = []
@@ -524,8 +556,9 @@ def test_groups_are_added(info):
 
 @every
 def test_momentum_makes_state_for_all(info):
-    params, optimizer = trained(info, {"momentum": 0.9}, 1)
-    assert all(optimizer.state[p]["momentum_buffer"].shape == p.shape for p in params)
+    options, name = momentum_of(info)
+    params, optimizer = trained(info, options, 1)
+    assert all(optimizer.state[p][name].shape == p.shape for p in params)
 
 
 # --- hooks
@@ -566,7 +599,7 @@ def test_a_step_pre_hook_may_change_the_closure(info):
 
 @every
 def test_state_dict_hooks(info):
-    _, optimizer = trained(info, {"momentum": 0.9})
+    _, optimizer = trained(info, momentum_of(info)[0])
     order = []
     handles = [
         optimizer.register_state_dict_pre_hook(lambda it: order.append("before")),
@@ -583,7 +616,7 @@ def test_state_dict_hooks(info):
 
 @every
 def test_load_state_dict_hooks(info):
-    _, optimizer = trained(info, {"lr": 0.01, "momentum": 0.9})
+    _, optimizer = trained(info, {"lr": 0.01} | momentum_of(info)[0])
     saved, order = copy.deepcopy(optimizer.state_dict()), []
 
     def doubled(it, state):

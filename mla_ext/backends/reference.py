@@ -40,7 +40,7 @@ class Reference(Backend):
             nu = reference.next_nu(P.nu, step.feature_mean)
             alpha = hyper.alpha * nu
             hyper = dataclasses.replace(hyper, alpha=alpha)
-            # h̄ᵀk is at most ‖h̄‖², so d is finite where this is.
+            # h̄ᵀk is at most ‖h̄‖², so d is finite too, except just below infinity.
             changes += [(P.nu, torch.where(alpha.isfinite(), nu, P.nu))]
         before, after = (step.weight, grad, step.momentum_buffer), (step.feature_mean, step.step, hyper)
         if P.base is not None:

@@ -250,8 +250,7 @@ def _events(directory: Path | None) -> Iterator[Callable[[dict[str, Any]], None]
             scalars |= {"loss/validation": validation["loss"], "lr": record["lr"][0]}
             for name, score in (validation["modalities"] | validation["fusions"]).items():
                 scalars[f"accuracy/{name}"] = score["accuracy"]
-            if record.get("plasticity"):
-                scalars["plasticity"] = record["plasticity"]
+            scalars |= {name: record[name] for name in ("plasticity", "gradient_passed") if name in record}
             for name, value in scalars.items():
                 writer.add_scalar(name, value, epoch)
             writer.flush()

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm import tqdm
 
-from ..optimizer import ProjectedSGD
+from ..projected import ProjectedOptimizer
 from . import checkpoint, parallel
 from .batches import Loader
 from .data import SPLITS, MultimodalData
@@ -85,7 +85,7 @@ def fit(
         loss: (logits (N, C), labels (N,)) -> their mean loss, in place of the cross entropy: for example
             `nn.CrossEntropyLoss(label_smoothing=0.1)`. A model that does not ask for its `criterion` ignores it.
         compile: run the encoders through torch.compile. They stay compiled.
-        reset_projection: start every epoch with the projections of a ProjectedSGD at the identity.
+        reset_projection: start every epoch with the projections of the optimizer at the identity.
         out: a directory for the checkpoint `last.pt`, written after every epoch and never left half-written, and
             for `metrics.jsonl`, one record per line. A run that is in it already is removed, unless resumed.
         resume: go on from the checkpoint in `out`, to the same bits as a run that was never interrupted (where the
@@ -125,8 +125,10 @@ def fit(
         raise ValueError(f"clip_grad_norm: expected a number above 0, got {clip_grad_norm!r}")
     if loss is not None and not callable(loss):
         raise TypeError(f"loss: expected a function of logits and labels, got {type(loss).__name__}")
-    if reset_projection and not isinstance(optimizer, ProjectedSGD):
-        raise TypeError(f"reset_projection: expected a ProjectedSGD as optimizer, got {type(optimizer).__name__}")
+    if reset_projection and not isinstance(optimizer, ProjectedOptimizer):
+        raise TypeError(
+            f"reset_projection: expected a ProjectedSGD or ProjectedAdamW as optimizer, got {type(optimizer).__name__}"
+        )
     if resume and out is None:
         raise ValueError("resume: expected `out` too, the directory of the run to resume, got None")
     for modality in model.modalities:
@@ -174,7 +176,7 @@ def fit(
             bar.set_description(f"epoch {epoch}/{epochs} on {device}")
             with explained(f"epoch {epoch}"), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
                 torch.manual_seed(_epoch_seed(seed, epoch))
-                if reset_projection and isinstance(optimizer, ProjectedSGD):  # as checked above
+                if reset_projection and isinstance(optimizer, ProjectedOptimizer):  # as checked above
                     optimizer.reset_projection()
                 training_loss = training.epoch(epoch_steps(epoch), epoch, _epoch_seed(seed, epoch), bar)
                 report = score_split(model, loader, "validation", EVALUATION_BATCH, precision)

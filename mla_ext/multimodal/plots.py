@@ -62,6 +62,9 @@ def draw_training(history: Sequence[Record], title: str) -> Any:
     loss.set(title="loss", ylim=(0, None))
     if plasticity:
         _line(axes[0, 2], epochs[-len(plasticity) :], plasticity, "mean eigenvalue of P", COLORS[0])
+        passed = {record["epoch"]: record["gradient_passed"] for record in history if "gradient_passed" in record}
+        if passed:
+            _line(axes[0, 2], [*passed], [*passed.values()], "last gradient, ‖G P‖ / ‖G‖", COLORS[1])
         axes[0, 2].set(title="plasticity of the head", ylim=(0, 1.02))
     _finish(axes)
     return figure

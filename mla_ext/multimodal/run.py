@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from ..head_state import get_projection
-from ..optimizer import ProjectedSGD
+from ..head_state import get_projection, has_projection
+from ..projected import ProjectedOptimizer
 from . import checkpoint, parallel
 from .evaluate import Report
 from .model import MultimodalModel
@@ -56,8 +56,8 @@ class Run:
                 "best": better,
             }
         )
-        if isinstance(self.optimizer, ProjectedSGD):
-            self.history[-1]["plasticity"] = _plasticity(self.optimizer)
+        if isinstance(self.optimizer, ProjectedOptimizer):
+            self.history[-1] |= _plasticity(self.optimizer)
         if self.scheduler is not None:
             self.scheduler.step()
 
@@ -116,10 +116,18 @@ class Run:
         self.history, self.best = content["history"], content["best"]
 
 
-def _plasticity(optimizer: ProjectedSGD) -> float:
-    """The mean eigenvalue of the projections, trace(P) / s: 1 lets all gradients pass, 0 none."""
+def _plasticity(optimizer: ProjectedOptimizer) -> dict[str, float]:
+    """1 lets all gradients pass, 0 none, as a mean over the projections.
+
+    "plasticity": of P's eigenvalues, trace(P) / s. "gradient_passed": of the epoch's last gradient, ‖G P‖ / ‖G‖;
+    missing where no weight with a projection has a finite gradient.
+    """
     found = [P for P in map(get_projection, optimizer.state.values()) if P is not None]
-    return sum(float(P.trace()) / P.size for P in found) / len(found) if found else 1.0
+    record = {"plasticity": sum(float(P.trace()) / P.size for P in found) / len(found) if found else 1.0}
+    weights = [weight for weight, state in optimizer.state.items() if has_projection(state)]
+    passed = [float(optimizer.plasticity(weight)) for weight in weights if weight.grad is not None]
+    passed = [share for share in passed if math.isfinite(share)]
+    return record | ({"gradient_passed": sum(passed) / len(passed)} if passed else {})
 
 
 def _shapes(state: dict[str, Any]) -> dict[str, tuple[int, ...] | None]:
