@@ -79,13 +79,14 @@ class Settings:
 
     @classmethod
     def of_run(cls, saved: Mapping[str, Any]) -> Settings:
-        """Those that a checkpoint holds; what its version did not know has its default.
+        """Those that a checkpoint holds; what its version did not know is as it was then.
 
         ValueError for a run that was not made with Settings.
         """
         missing = _FIRST - saved.keys()
         if missing:
             raise ValueError(f"expected a run of `mla-ext train`, got one without {', '.join(sorted(missing))}")
+        saved = {"alpha_scale": None} | dict(saved)
         return cls(**{f.name: saved[f.name] for f in fields(cls) if f.name in saved})
 
 
