@@ -17,11 +17,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm import tqdm
 
+from ..head_state import get_projection
 from ..optimizer import ProjectedSGD
 from . import checkpoint, parallel
 from .batches import Loader
 from .data import SPLITS, MultimodalData
-from .evaluate import check_model_and_data, check_positive, check_workers, device_of, score_split
+from .evaluate import Report, check_model_and_data, check_positive, check_workers, device_of, start_scoring
 from .failure import explained
 from .model import ORDERS, Criterion, MultimodalModel, Step, mode_of
 from .precision import Precision, choose_device
@@ -176,11 +177,12 @@ def fit(
                 torch.manual_seed(_epoch_seed(seed, epoch))
                 if reset_projection and isinstance(optimizer, ProjectedSGD):  # as checked above
                     optimizer.reset_projection()
-                training_loss = training.epoch(epoch_steps(epoch), epoch, _epoch_seed(seed, epoch), bar)
-                report = score_split(model, loader, "validation", EVALUATION_BATCH, precision)
+                training_loss, report, plasticity = training.epoch(
+                    epoch_steps(epoch), epoch, _epoch_seed(seed, epoch), bar
+                )
             if not math.isfinite(report.loss):
                 raise NonFiniteLossError(f"validation loss is {report.loss} after epoch {epoch}: {_ADVICE}")
-            run.record(epoch, training_loss, report)
+            run.record(epoch, training_loss, report, plasticity)
             if directory is not None:
                 run.save(directory)
             if on_epoch is not None:
@@ -206,8 +208,32 @@ class _Training:
     precision: Precision
     clip_grad_norm: float | None
 
-    def epoch(self, steps: list[Step], number: int, seed: int, bar: tqdm) -> dict[str, float]:
-        """Take the steps; return the mean loss per sample of each (group of) modalities."""
+    def epoch(
+        self, steps: list[Step], number: int, seed: int, bar: tqdm
+    ) -> tuple[dict[str, float], Report, float | None]:
+        """Take the steps and validate: the host waits for the device once, at the end, and reads all numbers at once.
+
+        Returns the mean training loss per sample of each (group of) modalities, the validation report, and the
+        plasticity: the mean eigenvalue of the projections, trace(P) / s. 1 lets all gradients pass, 0 none; it is None
+        for an optimizer without projections.
+        """
+        losses = self.train(steps, seed, bar)
+        scoring = start_scoring(self.model, self.loader, "validation", EVALUATION_BATCH, self.precision)
+        states = self.optimizer.state.values() if isinstance(self.optimizer, ProjectedSGD) else ()
+        projections = [P for P in map(get_projection, states) if P is not None]
+        numbers = [losses, scoring.numbers, *(P.trace().reshape(1) for P in projections)]
+        host = torch.cat([part.to(losses.device, torch.float64) for part in numbers]).cpu()
+
+        means, scored, traces = host.split([len(losses), len(scoring.numbers), len(projections)])
+        training_loss = _mean_losses(steps, means.tolist(), number)
+        plasticity = None
+        if isinstance(self.optimizer, ProjectedSGD):
+            shares = [trace / P.size for trace, P in zip(traces.tolist(), projections, strict=True)]
+            plasticity = sum(shares) / len(shares) if shares else 1.0
+        return training_loss, scoring.report(scored), plasticity
+
+    def train(self, steps: list[Step], seed: int, bar: tqdm) -> Tensor:
+        """Take the steps; return the mean loss of each, on the device."""
         # A rank without a sample of its own takes one along, so that it computes the same gradients as the others.
         shares = [parallel.share(step.indices) for step in steps]
         ours = [
@@ -221,8 +247,7 @@ class _Training:
             ):
                 losses.append(self.step(data, mine, len(share) / len(step.indices)))
                 bar.update()
-        means = parallel.sum_over_ranks(torch.stack(losses)).tolist()
-        return _mean_losses(steps, means, number)
+        return parallel.sum_over_ranks(torch.stack(losses))
 
     def step(self, data: MultimodalData, step: Step, weight: float) -> Tensor:
         """One step; returns this rank's part of its loss. The parts of all ranks add up to the mean over the batch."""

@@ -13,8 +13,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from ..head_state import get_projection
-from ..optimizer import ProjectedSGD
 from . import checkpoint, parallel
 from .evaluate import Report
 from .model import MultimodalModel
@@ -41,7 +39,7 @@ class Run:
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] = {"accuracy": -1.0, "loss": math.inf}
 
-    def record(self, epoch: int, training_loss: dict[str, float], report: Report) -> None:
+    def record(self, epoch: int, training_loss: dict[str, float], report: Report, plasticity: float | None) -> None:
         """Note an epoch, keep its weights if they are the best so far, and step the scheduler."""
         better = (report.accuracy, -report.loss) > (self.best["accuracy"], -self.best["loss"])
         if better:
@@ -56,8 +54,8 @@ class Run:
                 "best": better,
             }
         )
-        if isinstance(self.optimizer, ProjectedSGD):
-            self.history[-1]["plasticity"] = _plasticity(self.optimizer)
+        if plasticity is not None:
+            self.history[-1]["plasticity"] = plasticity
         if self.scheduler is not None:
             self.scheduler.step()
 
@@ -114,12 +112,6 @@ class Run:
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(content["scaler"])
         self.history, self.best = content["history"], content["best"]
-
-
-def _plasticity(optimizer: ProjectedSGD) -> float:
-    """The mean eigenvalue of the projections, trace(P) / s: 1 lets all gradients pass, 0 none."""
-    found = [P for P in map(get_projection, optimizer.state.values()) if P is not None]
-    return sum(float(P.trace()) / P.size for P in found) / len(found) if found else 1.0
 
 
 def _shapes(state: dict[str, Any]) -> dict[str, tuple[int, ...] | None]:
