@@ -667,15 +667,36 @@ def test_progress_is_on_standard_error_and_can_be_switched_off(capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_the_loop_reads_losses_once_per_epoch(monkeypatch):
-    data, (model, optimizer) = make_data(), make("alternating")
+@pytest.mark.parametrize("method", ["mla", "alternating", "concat"])
+def test_an_epoch_is_read_at_once(monkeypatch, method):
+    """Losses, validation and plasticity in one copy to the host, and before it nothing that waits."""
+    data, (model, optimizer) = make_data(), make(method)
+    run(model, optimizer, data, 1)  # what is made at the first step is there
     steps = model.steps(data, 16, "given", torch.Generator().manual_seed(0))
+    validation = [Step(model.modalities, data.indices("validation"))]
     loader, precision = Loader(data, torch.device("cpu")), Precision(None, torch.device("cpu"))
-    batches, reads = [*loader.read(steps)], []
-    monkeypatch.setattr(loader, "read", lambda *_, **__: batches)  # a DataLoader reads a seed when it starts
-    tolist = torch.Tensor.tolist
-    monkeypatch.setattr(torch.Tensor, "item", lambda self: pytest.fail("a step was read back"))
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: reads.append(1) or tolist(self))
+    batches = iter([[*loader.read(each)] for each in (steps, validation)])
+    monkeypatch.setattr(loader, "read", lambda *_, **__: next(batches))  # a DataLoader reads a seed when it starts
+    reads, cpu = [], torch.Tensor.cpu
+
+    def read(tensor):
+        reads.append(len(tensor))
+        return cpu(tensor)
+
+    def only_afterwards(name):
+        original = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda self: original(self) if reads else pytest.fail(name))
+
+    monkeypatch.setattr(torch.Tensor, "cpu", read)
+    for name in ("item", "tolist", "__float__"):
+        only_afterwards(name)
     with training.tqdm(disable=True) as bar:
-        training._Training(model, optimizer, loader, precision, None).epoch(steps, 1, 0, bar)
-    assert len(reads) == 1
+        trained = training._Training(model, optimizer, loader, precision, None)
+        losses, report, plasticity = trained.epoch(steps, 1, 0, bar)
+    monkeypatch.undo()
+    rows = len(model.modalities) + len(report.fusions)
+    assert reads == [len(steps) + rows * len(data.indices("validation")) + 1 + (method == "mla")]
+    assert losses.keys() == {"+".join(step.modalities) for step in steps}
+    assert report == evaluate(model, data, "validation")
+    P = optimizer.projection(model.head.weight) if method == "mla" else None
+    assert plasticity == (None if P is None else pytest.approx(float(P.trace()) / len(P)))

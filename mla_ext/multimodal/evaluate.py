@@ -20,6 +20,7 @@ from .precision import Precision
 __all__ = [
     "Prediction",
     "Report",
+    "Scoring",
     "check_model_and_data",
     "check_positive",
     "check_workers",
@@ -28,6 +29,7 @@ __all__ = [
     "modality_scores",
     "predict",
     "score_split",
+    "start_scoring",
 ]
 
 
@@ -111,6 +113,42 @@ def evaluate(
 
 def score_split(model: MultimodalModel, loader: Loader, split: str, batch_size: int, precision: Precision) -> Report:
     """`evaluate`, of data that a loader reads."""
+    scoring = start_scoring(model, loader, split, batch_size, precision)
+    return scoring.report(scoring.numbers.cpu())
+
+
+@dataclasses.dataclass(frozen=True)
+class Scoring:
+    """A split that is predicted but not scored: `report` needs `numbers` on the host, which the device may yet compute.
+
+    numbers: float64, the predicted classes (exact), one row of samples for each modality and fusion, and then the loss.
+    """
+
+    split: str
+    modalities: tuple[str, ...]
+    fusions: tuple[str, ...]
+    fused: str
+    present: Tensor  # bool (M, N), on the host
+    labels: Tensor  # int64 (N,), on the host
+    numbers: Tensor
+
+    def report(self, host: Tensor) -> Report:
+        """The scores. `host` is a copy of `numbers`."""
+        labels, present = self.labels, self.present
+        classes = host[:-1].long().reshape(-1, len(labels))
+        rows = zip(self.modalities, classes[: len(present)], present, strict=True)
+        fusions = zip(self.fusions, classes[len(present) :], strict=True)
+        return Report(
+            self.split,
+            {m: score_classes(row[having], labels[having]) for m, row, having in rows if having.any()},
+            {name: score_classes(row, labels) for name, row in fusions},
+            self.fused,
+            host[-1].item(),
+        )
+
+
+def start_scoring(model: MultimodalModel, loader: Loader, split: str, batch_size: int, precision: Precision) -> Scoring:
+    """Predict a split. The host does not wait for the device."""
     data = loader.data
     indices = data.indices(split)
     present = torch.stack([data.present(m)[indices] for m in model.modalities])
@@ -121,19 +159,9 @@ def score_split(model: MultimodalModel, loader: Loader, split: str, batch_size: 
     labels = data.labels[indices]
     fused = "joint" if "joint" in prediction.fusions else "entropy"
     loss = F.cross_entropy(prediction.fusions[fused], labels.to(prediction.weights.device, non_blocking=True)).double()
-    logits = [*prediction.unimodal, *prediction.fusions.values()]
-    # One copy to the host. Classes are exact in float64.
-    host = torch.cat([*(values.argmax(dim=-1).double() for values in logits), loss.reshape(1)]).cpu()
-    classes = host[:-1].long().reshape(len(logits), len(indices))
-    alone, fusions = classes[: len(present)], classes[len(present) :]
-    rows = zip(model.modalities, alone, present, strict=True)
-    return Report(
-        split,
-        {m: score_classes(row[having], labels[having]) for m, row, having in rows if having.any()},
-        {name: score_classes(row, labels) for name, row in zip(prediction.fusions, fusions, strict=True)},
-        fused,
-        host[-1].item(),
-    )
+    classes = [logits.argmax(dim=-1).double() for logits in (*prediction.unimodal, *prediction.fusions.values())]
+    numbers = torch.cat([*classes, loss.reshape(1)])
+    return Scoring(split, tuple(model.modalities), tuple(prediction.fusions), fused, present, labels, numbers)
 
 
 @torch.no_grad()

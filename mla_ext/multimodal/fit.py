@@ -17,11 +17,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm import tqdm
 
+from ..head_state import get_projection
 from ..projected import ProjectedOptimizer
 from . import checkpoint, parallel
 from .batches import Loader
 from .data import SPLITS, MultimodalData
-from .evaluate import check_model_and_data, check_positive, check_workers, device_of, score_split
+from .evaluate import Report, check_model_and_data, check_positive, check_workers, device_of, start_scoring
 from .failure import explained
 from .model import ORDERS, Criterion, MultimodalModel, Step, mode_of
 from .precision import Precision, choose_device
@@ -178,11 +179,12 @@ def fit(
                 torch.manual_seed(_epoch_seed(seed, epoch))
                 if reset_projection and isinstance(optimizer, ProjectedOptimizer):  # as checked above
                     optimizer.reset_projection()
-                training_loss = training.epoch(epoch_steps(epoch), epoch, _epoch_seed(seed, epoch), bar)
-                report = score_split(model, loader, "validation", EVALUATION_BATCH, precision)
+                training_loss, report, plasticity = training.epoch(
+                    epoch_steps(epoch), epoch, _epoch_seed(seed, epoch), bar
+                )
             if not math.isfinite(report.loss):
                 raise NonFiniteLossError(f"validation loss is {report.loss} after epoch {epoch}: {_ADVICE}")
-            run.record(epoch, training_loss, report)
+            run.record(epoch, training_loss, report, plasticity)
             if directory is not None:
                 run.save(directory)
             if on_epoch is not None:
@@ -208,8 +210,30 @@ class _Training:
     precision: Precision
     clip_grad_norm: float | None
 
-    def epoch(self, steps: list[Step], number: int, seed: int, bar: tqdm) -> dict[str, float]:
-        """Take the steps; return the mean loss per sample of each (group of) modalities."""
+    def epoch(
+        self, steps: list[Step], number: int, seed: int, bar: tqdm
+    ) -> tuple[dict[str, float], Report, dict[str, float]]:
+        """Take the steps and validate: the host waits for the device once, at the end, and reads all numbers at once.
+
+        Returns the mean training loss per sample of each (group of) modalities, the validation report, and what
+        `_shares` makes of the projections.
+        """
+        losses = self.train(steps, seed, bar)
+        scoring = start_scoring(self.model, self.loader, "validation", EVALUATION_BATCH, self.precision)
+        shares = _shares(self.optimizer)
+        numbers = [losses, scoring.numbers, *(share.reshape(1) for _, share in shares)]
+        host = torch.cat([part.to(losses.device, torch.float64) for part in numbers]).cpu()
+
+        means, scored, read = host.split([len(losses), len(scoring.numbers), len(shares)])
+        plasticity = {"plasticity": 1.0} if isinstance(self.optimizer, ProjectedOptimizer) else {}
+        for name in dict.fromkeys(name for name, _ in shares):
+            finite = [x for (its, _), x in zip(shares, read.tolist(), strict=True) if its == name and math.isfinite(x)]
+            if finite:
+                plasticity[name] = sum(finite) / len(finite)
+        return _mean_losses(steps, means.tolist(), number), scoring.report(scored), plasticity
+
+    def train(self, steps: list[Step], seed: int, bar: tqdm) -> Tensor:
+        """Take the steps; return the mean loss of each, on the device."""
         # A rank without a sample of its own takes one along, so that it computes the same gradients as the others.
         shares = [parallel.share(step.indices) for step in steps]
         ours = [
@@ -223,8 +247,7 @@ class _Training:
             ):
                 losses.append(self.step(data, mine, len(share) / len(step.indices)))
                 bar.update()
-        means = parallel.sum_over_ranks(torch.stack(losses)).tolist()
-        return _mean_losses(steps, means, number)
+        return parallel.sum_over_ranks(torch.stack(losses))
 
     def step(self, data: MultimodalData, step: Step, weight: float) -> Tensor:
         """One step; returns this rank's part of its loss. The parts of all ranks add up to the mean over the batch."""
@@ -237,6 +260,23 @@ class _Training:
         parallel.sum_gradients(self.model.parameters())
         self.precision.step(self.optimizer, self.model.parameters(), self.clip_grad_norm)
         return loss.detach()
+
+
+def _shares(optimizer: Optimizer) -> list[tuple[str, Tensor]]:
+    """How much lets through what: 1 all, 0 nothing; 0-d, for each projection, under the name of what is shared.
+
+    "plasticity": the mean of P's eigenvalues, trace(P) / s. "gradient_passed": of the last gradient, ‖G P‖ / ‖G‖; not
+    there where the weight has no gradient, NaN where that is 0.
+    """
+    found = []
+    if isinstance(optimizer, ProjectedOptimizer):
+        for weight, state in optimizer.state.items():
+            P = get_projection(state)
+            if P is not None:
+                found.append(("plasticity", P.trace() / P.size))
+                if weight.grad is not None:
+                    found.append(("gradient_passed", optimizer.plasticity(weight)))
+    return found
 
 
 def _mean_losses(steps: list[Step], means: list[float], epoch: int) -> dict[str, float]:

@@ -13,8 +13,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from ..head_state import get_projection, has_projection
-from ..projected import ProjectedOptimizer
 from . import checkpoint, parallel
 from .evaluate import Report
 from .model import MultimodalModel
@@ -41,7 +39,7 @@ class Run:
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] = {"accuracy": -1.0, "loss": math.inf}
 
-    def record(self, epoch: int, training_loss: dict[str, float], report: Report) -> None:
+    def record(self, epoch: int, training_loss: dict[str, float], report: Report, plasticity: dict[str, float]) -> None:
         """Note an epoch, keep its weights if they are the best so far, and step the scheduler."""
         better = (report.accuracy, -report.loss) > (self.best["accuracy"], -self.best["loss"])
         if better:
@@ -56,8 +54,7 @@ class Run:
                 "best": better,
             }
         )
-        if isinstance(self.optimizer, ProjectedOptimizer):
-            self.history[-1] |= _plasticity(self.optimizer)
+        self.history[-1] |= plasticity
         if self.scheduler is not None:
             self.scheduler.step()
 
@@ -114,20 +111,6 @@ class Run:
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(content["scaler"])
         self.history, self.best = content["history"], content["best"]
-
-
-def _plasticity(optimizer: ProjectedOptimizer) -> dict[str, float]:
-    """1 lets all gradients pass, 0 none, as a mean over the projections.
-
-    "plasticity": of P's eigenvalues, trace(P) / s. "gradient_passed": of the epoch's last gradient, ‖G P‖ / ‖G‖;
-    missing where no weight with a projection has a finite gradient.
-    """
-    found = [P for P in map(get_projection, optimizer.state.values()) if P is not None]
-    record = {"plasticity": sum(float(P.trace()) / P.size for P in found) / len(found) if found else 1.0}
-    weights = [weight for weight, state in optimizer.state.items() if has_projection(state)]
-    passed = [float(optimizer.plasticity(weight)) for weight in weights if weight.grad is not None]
-    passed = [share for share in passed if math.isfinite(share)]
-    return record | ({"gradient_passed": sum(passed) / len(passed)} if passed else {})
 
 
 def _shapes(state: dict[str, Any]) -> dict[str, tuple[int, ...] | None]:
