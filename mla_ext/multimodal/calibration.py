@@ -61,11 +61,11 @@ def _fitted(logits: Tensor, present: Tensor, labels: Tensor) -> Tensor:
     def closure() -> Tensor:
         solver.zero_grad()
         loss = loss_of(_bounded(free))
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss
 
     with torch.enable_grad():
-        solver.step(closure)  # type: ignore[no-untyped-call]
+        solver.step(closure)
     found = _bounded(free.detach()).float()
     ones = torch.ones_like(found)
     return found if loss_of(found) < loss_of(ones) else ones
