@@ -6,6 +6,7 @@ MLA_EXT_UPDATE=1 python -m pytest tests/test_cuda_compile.py
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -65,9 +66,14 @@ def parse(report: str) -> dict[str, Usage]:
 
 
 @pytest.fixture(scope="module")
-def usages(tmp_path_factory) -> dict[str, dict[str, Usage]]:
+def directory(tmp_path_factory) -> Path:
+    """Where the machine code is: `head_step.sm_90.cubin` and so on."""
+    return tmp_path_factory.mktemp("cubins")
+
+
+@pytest.fixture(scope="module")
+def usages(directory) -> dict[str, dict[str, Usage]]:
     """kernel -> architecture -> Usage."""
-    directory = tmp_path_factory.mktemp("cubins")
     sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"), key=lambda source: -source.stat().st_size)
     jobs = [(source, architecture) for source in sources for architecture in ARCHITECTURES]
     with ThreadPoolExecutor(2) as pool:
@@ -77,6 +83,18 @@ def usages(tmp_path_factory) -> dict[str, dict[str, Usage]]:
             for kernel, usage in parse(report).items():
                 result[kernel][architecture] = usage
     return result
+
+
+def instructions(cubin: Path, kernel: str) -> list[str]:
+    """The names of a kernel's instructions, by a part of its mangled name."""
+    triton = importlib.util.find_spec("triton")
+    own = None if triton is None else Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    program = own if own is not None and own.is_file() else shutil.which("nvdisasm")
+    if program is None:
+        pytest.skip("no disassembler is here: one comes with Triton")
+    listing = subprocess.run([program, "-c", cubin], capture_output=True, text=True, check=True).stdout
+    (code,) = (part for part in re.split(r"^\.text\.", listing, flags=re.M)[1:] if kernel in part.partition(":")[0])
+    return re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@\S+ +)?([A-Z][\w.]*)", code, re.M)
 
 
 def nvcc_version() -> str:
@@ -117,6 +135,18 @@ def test_nothing_spills(usages):
         if usage.stack_bytes or usage.spill_bytes
     ]
     assert not spilled
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("kernel", "most"), [("head_step_fused_kernel", 5700), ("head_step_product_kernel", 2500)])
+def test_four_classes_are_loaded_before_they_are_multiplied(usages, directory, kernel, most, architecture):
+    """A load from shared memory takes some 30 clocks: with one at a time the products would wait for each."""
+    code = instructions(directory / f"head_step.{architecture}.cubin", f"{kernel}IfLb1")  # float32, aligned
+    loads_and_products = re.findall(r"LDS\.128|FFMA|BRA", " ".join(code))
+    short = "".join({"LDS.128": "L", "FFMA": "F", "BRA": "B"}[name] for name in loads_and_products)
+    assert len(re.findall("L{4}F{32}(?!F)", short)) >= 3  # two rows × four classes × four columns
+    assert "LFFFFFFFFBLFFFFFFFFB" not in short  # a class on its own
+    assert len(code) <= most
 
 
 def test_table_is_up_to_date(usages):

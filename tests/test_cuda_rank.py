@@ -19,6 +19,7 @@ from harness import FORTY, H100, ONE
 from test_cuda_emulation import DTYPES, FLOATS, NAN, HeadCase, assert_accurate, check_head_steps, option_cases
 
 from mla_ext import _library, backends, reference
+from mla_ext.backends import compiled
 from mla_ext.projection import Projection
 from mla_ext.reference import Hyperparameters
 from mla_ext.step import HeadStep
@@ -227,3 +228,24 @@ def test_a_number_on_the_device_is_refused_where_a_graph_would_keep_it(monkeypat
     with pytest.raises(RuntimeError, match=f"{name}: expected a number, .* to capture a step; got"):
         backends.BACKENDS["cuda"].head_step_(step)
     assert torch.equal(weight, torch.ones(2, 3))
+
+
+def test_a_number_on_the_device_is_read_when_it_has_changed(monkeypatch):
+    class OnDevice(torch.Tensor):
+        """What the host must wait for."""
+
+        device = torch.device("cuda")
+
+        def __float__(self):
+            reads.append(1)
+            return self.as_subclass(torch.Tensor).item()
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    reads = []
+    value = torch.tensor(0.5).as_subclass(OnDevice)
+    assert [compiled._number("forget", value) for _ in range(3)] == [0.5] * 3
+    value.as_subclass(torch.Tensor).fill_(0.25)
+    assert [compiled._number("forget", value) for _ in range(3)] == [0.25] * 3
+    assert len(reads) == 2
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert compiled._number("forget", value) == 0.25

@@ -263,7 +263,7 @@ DEFECTS = {
         Defect("head_step.cu", "  grid_barrier();\n  if (a.step", "  if (!PLANTED) grid_barrier();\n  if (a.step",
                SMALL.call(), "race in global memory"),
     "grid barrier of the norm":
-        Defect("head_step.cu", "    grid_barrier();\n    norm", "    if (!PLANTED) grid_barrier();\n    norm",
+        Defect("head_step.cu", "    grid_barrier();\n    inverse", "    if (!PLANTED) grid_barrier();\n    inverse",
                replace(SMALL, hyper=NORMALIZED).call(), "race in global memory"),
     "step counted early":
         Defect("head_step.cu", "  multiply<kAligned>(tiling, shared, a.grad",
@@ -287,8 +287,9 @@ DEFECTS = {
                "int column = static_cast<int>(PLANTED ? threadIdx.x % 32 * (blockDim.x / 32) + threadIdx.x / 32 "
                ": threadIdx.x) * kWidth;", Budget(256, 6, FORTY).call(), "sectors"),
     "banks of the tiles":
-        Defect("product.cuh", "column = lane_index() * kWidth; column < width;",
-               "column = (PLANTED ? lane_index() % 8 * 4 + lane_index() / 8 : lane_index()) * kWidth; column < width;",
+        Defect("product.cuh", "(part * kWarp + lane_index()) * kWidth; column < width;",
+               "(part * kWarp + (PLANTED ? lane_index() % 8 * 4 + lane_index() / 8 : lane_index())) * kWidth; "
+               "column < width;",
                Budget(256, 6, FORTY).call(), "bank conflicts"),
     "order of the launches":
         Defect("rank_step.cu", "wait_for_previous_launch();", "if (!PLANTED) wait_for_previous_launch();", RANK.call(),

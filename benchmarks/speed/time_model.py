@@ -54,14 +54,12 @@ class Form:
         return FIRST_LAUNCH + (self.launches - 1) * NEXT_LAUNCH + work + self.compression
 
 
-def cuda_takes_blas(s: int, C: int) -> bool:
-    """`head_step_prefers_product_given` in csrc/cuda/head_step.h."""
-    return C > 32 and C * s > 128 * 1024
+BLAS_FROM = 32  # classes: `head_step_prefers_product_given` in csrc/cuda/head_step.h, and in Triton
 
 
 def dense_one_launch(s: int, C: int) -> Form | None:
     """CUDA, where each multiprocessor can keep its rows of P on chip. The barrier counts as a launch."""
-    rows, by_blas = ceil(s / MULTIPROCESSORS), cuda_takes_blas(s, C)
+    rows, by_blas = ceil(s / MULTIPROCESSORS), C >= BLAS_FROM
     if 4 * s * rows > 200e3:
         return None
     blocks = ceil(s / rows)
@@ -82,7 +80,7 @@ def dense_two_launches(s: int, C: int, by_blas: bool) -> Form:
 
 def rank_form(s: int, C: int, backend: str = "cuda", used: int = RANK * 3 // 4) -> Form:
     """`used` rows of K are what a step meets on average. With many classes Triton has torch make Z, in six launches."""
-    by_torch = backend == "triton" and C >= 32
+    by_torch = backend == "triton" and C >= BLAS_FROM
     slices, groups, parts = ceil(s / 32), 1 if by_torch else ceil(C / 16), min(8, ceil(s / 128))
     at_once = sum(4 * ceil(min(16, C - c) / 4) for c in range(0, C, 16))  # of G, for each two rows of K
     t = parts * used * (C + 1)
@@ -98,7 +96,7 @@ def rank_form(s: int, C: int, backend: str = "cuda", used: int = RANK * 3 // 4) 
 def forms(s: int, C: int) -> dict[str, Form | None]:
     return {
         "dense, one launch": dense_one_launch(s, C),
-        "dense, two launches": dense_two_launches(s, C, cuda_takes_blas(s, C)),
+        "dense, two launches": dense_two_launches(s, C, C >= BLAS_FROM),
         f"rank {RANK}, CUDA": rank_form(s, C),
         f"rank {RANK}, Triton": rank_form(s, C, "triton"),
     }
@@ -137,8 +135,8 @@ def predicted(candidate: str, gpu: str, s: int, C: int) -> float | None:
     if found[2]:
         return rank_form(s, C, found[1]).seconds(gpu, s)
     if found[1] == "triton":
-        return dense_two_launches(s, C, C >= 32).seconds(gpu, s)
-    return (dense_one_launch(s, C) or dense_two_launches(s, C, cuda_takes_blas(s, C))).seconds(gpu, s)
+        return dense_two_launches(s, C, C >= BLAS_FROM).seconds(gpu, s)
+    return (dense_one_launch(s, C) or dense_two_launches(s, C, C >= BLAS_FROM)).seconds(gpu, s)
 
 
 def compare(measured: dict) -> str:

@@ -133,7 +133,7 @@ void head_step_(Tensor weight, const Tensor& grad, std::optional<Tensor> momentu
   }
   const size_t bytes = mla_ext::cuda::head_step_workspace_bytes(arguments.dtype, arguments.C, arguments.s);
   Tensor workspace = workspace_like(*base, bytes);
-  if (mla_ext::cuda::head_step_prefers_product_given(arguments.C, arguments.s)) {
+  if (mla_ext::cuda::head_step_prefers_product_given(arguments.C)) {
     Tensor Z = torch::stable::new_empty(*base, {arguments.C, arguments.s});
     matmul_into(torch::stable::to(grad, base->scalar_type()), *base, Z);
     check_launch(mla_ext::cuda::head_step_projected(arguments, Z.data_ptr(), workspace.data_ptr(), place.stream()));

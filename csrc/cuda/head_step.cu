@@ -63,9 +63,9 @@ __device__ inline A squares_of(const Vector<A, kWidth>& v) {
 }
 
 template <typename A, int kWidth>
-__device__ inline Vector<A, kWidth> divided(Vector<A, kWidth> v, A divisor) {
+__device__ inline Vector<A, kWidth> scaled(Vector<A, kWidth> v, A factor) {
 #pragma unroll
-  for (int i = 0; i < kWidth; ++i) v.at[i] /= divisor;
+  for (int i = 0; i < kWidth; ++i) v.at[i] *= factor;
   return v;
 }
 
@@ -96,10 +96,10 @@ __global__ void __launch_bounds__(ProductTraits<accumulate_t<T>>::kMaxThreads, 1
 
   const bool absorbs = a.feature_mean != nullptr;
   const bool late = absorbs && a.hyper.absorb_before;  // the gradient waits for P_t
-  const auto step_weights = [&](A divisor) {
+  const auto step_weights = [&](A factor) {
     for (int i = static_cast<int>(threadIdx.x); i < a.C * rows; i += static_cast<int>(blockDim.x)) {
       const int c = i / rows;
-      sgd.step(c * s + first_row + (i - c * rows), z[i] / divisor);
+      sgd.step(c * s + first_row + (i - c * rows), z[i] * factor);
     }
   };
   if (!late) step_weights(A(1));
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(ProductTraits<accumulate_t<T>>::kMaxThreads, 1
   }
 
   A* const target = a.P + first_row * s;
-  A norm = 1;
+  A inverse_norm = 1;
   if (a.hyper.normalize) {
     A squares = 0;
     update_rows<kWidth>(rank_one, p, stride, first_row, rows, a.s, a.workspace.k, own_u,
@@ -153,11 +153,11 @@ __global__ void __launch_bounds__(ProductTraits<accumulate_t<T>>::kMaxThreads, 1
     squares = block_sum(squares);
     if (threadIdx.x == 0) a.workspace.squares[blockIdx.x] = squares;
     grid_barrier();
-    norm = sqrt(sum_of(a.workspace.squares, gridDim.x));
+    inverse_norm = A(1) / sqrt(sum_of(a.workspace.squares, gridDim.x));
     for (int column = static_cast<int>(threadIdx.x) * kWidth; column < a.s;
          column += static_cast<int>(blockDim.x) * kWidth) {
       for (int row = 0; row < rows; ++row) {
-        store(target + row * s + column, divided(load<kWidth>(p + row * stride + column), norm));
+        store(target + row * s + column, scaled(load<kWidth>(p + row * stride + column), inverse_norm));
       }
     }
   } else {
@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(ProductTraits<accumulate_t<T>>::kMaxThreads, 1
         rank_one, p, stride, first_row, rows, a.s, a.workspace.k, own_u,
         [&](int row, int column, const Vector<A, kWidth>& updated) { store(target + row * s + column, updated); });
   }
-  if (late) step_weights(norm);
+  if (late) step_weights(inverse_norm);
 }
 
 /// First launch of the step whose rows of P do not fit on chip: Z (unless it is given), k, and sums of h̄ᵀk.
@@ -229,7 +229,7 @@ __global__ void __launch_bounds__(kUpdateThreads) head_step_norm_kernel(const Ar
   if (threadIdx.x == 0) a.workspace.squares[blockIdx.x] = squares;
 }
 
-/// Last launch: the first C blocks step the weights of a class each, the others update P.
+/// Last launch: the first blocks update P, which takes longest, and the last C step the weights of a class each.
 template <typename T, bool kAligned>
 __global__ void __launch_bounds__(kUpdateThreads)
     head_step_update_kernel(const Arguments<T> a, int64_t product_blocks, int64_t update_blocks) {
@@ -243,36 +243,43 @@ __global__ void __launch_bounds__(kUpdateThreads)
   const bool absorbs = a.feature_mean != nullptr;
   const A d = absorbs ? alpha_of<A>(a.hyper) + sum_of(a.workspace.mean_dot_k, product_blocks) : A(0);
   const RankOne<A> rank_one(d, a.hyper.forget);
-  A norm = 1;
-  if (rank_one.absorbed && a.hyper.normalize) norm = sqrt(sum_of(a.workspace.squares, update_blocks));
+  A inverse_norm = 1;
+  if (rank_one.absorbed && a.hyper.normalize) inverse_norm = A(1) / sqrt(sum_of(a.workspace.squares, update_blocks));
 
-  if (static_cast<int>(blockIdx.x) < a.C) {
-    const int64_t row = blockIdx.x * s;  // of this class, in G, Z and W
-    const bool late = rank_one.absorbed && a.hyper.absorb_before;
-    const Sgd<T> sgd(a.weight, a.momentum_buffer, a.hyper, a.grad_scale, a.step && *a.workspace.first_step != A(0));
-    A g_dot_u = 0;
-    if (late) {
-      for (int i = static_cast<int>(threadIdx.x); i < a.s; i += static_cast<int>(blockDim.x)) {
-        g_dot_u += to_accumulate(a.grad[row + i]) * k[i];
-      }
-      g_dot_u = rank_one.scaled(block_sum(g_dot_u));
-    }
-    for (int i = static_cast<int>(threadIdx.x); i < a.s; i += static_cast<int>(blockDim.x)) {
-      A z = a.Z[row + i];
-      if (late) {
-        z = rank_one.projected(z, to_accumulate(a.grad[row + i]), g_dot_u, rank_one.scaled(k[i])) / norm;
-      }
-      sgd.step(row + i, z);
-    }
-  } else if (rank_one.absorbed) {
-    const int64_t first_row = (int64_t{blockIdx.x} - a.C) * kUpdateRows;
+  if (blockIdx.x < update_blocks) {
+    if (!rank_one.absorbed) return;
+    const int64_t first_row = int64_t{blockIdx.x} * kUpdateRows;
     const int rows = static_cast<int>(min(int64_t{kUpdateRows}, s - first_row));
     A* const p = a.P + first_row * s;
     make_own_u(rank_one, k, first_row, rows, own_u);
     update_rows<kWidth>(rank_one, p, s, first_row, rows, a.s, k, own_u,
                         [&](int row, int column, const Vector<A, kWidth>& updated) {
-                          store(p + row * s + column, a.hyper.normalize ? divided(updated, norm) : updated);
+                          store(p + row * s + column, a.hyper.normalize ? scaled(updated, inverse_norm) : updated);
                         });
+    return;
+  }
+  const int64_t first = (int64_t{blockIdx.x} - update_blocks) * s;  // of this class, in G, Z and W
+  const bool late = rank_one.absorbed && a.hyper.absorb_before;
+  const Sgd<T> sgd(a.weight, a.momentum_buffer, a.hyper, a.grad_scale, a.step && *a.workspace.first_step != A(0));
+  A g_dot_u = 0;
+  if (late) {
+    for (int i = static_cast<int>(threadIdx.x); i < a.s; i += static_cast<int>(blockDim.x)) {
+      g_dot_u += to_accumulate(a.grad[first + i]) * k[i];
+    }
+    g_dot_u = rank_one.scaled(block_sum(g_dot_u));
+  }
+  for (int i = static_cast<int>(threadIdx.x) * kWidth; i < a.s; i += static_cast<int>(blockDim.x) * kWidth) {
+    Vector<A, kWidth> z = load<kWidth>(a.Z + first + i);
+    if (late) {
+      const Vector<T, kWidth> g = load<kWidth>(a.grad + first + i);
+      const Vector<A, kWidth> k_i = load<kWidth>(k + i);
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) {
+        z.at[j] = rank_one.projected(z.at[j], to_accumulate(g.at[j]), g_dot_u, rank_one.scaled(k_i.at[j]));
+      }
+      z = scaled(z, inverse_norm);
+    }
+    sgd.step(first + i, z);
   }
 }
 
@@ -300,7 +307,7 @@ cudaError_t run_split(Arguments<T> a, cudaStream_t stream) {
   const int64_t product_blocks = absorbs || !given ? ceil_div(a.s, kStreamRows) : 1;
   const int64_t update_blocks = absorbs ? ceil_div(a.s, kUpdateRows) : 0;
   KernelLimits limits;  // raises the kernel's shared memory as well
-  cudaError_t error = kernel_limits<head_step_product_kernel<T, kAligned>, kStreamThreads>(&limits);
+  cudaError_t error = kernel_limits<head_step_product_kernel<T, kAligned>, kStreamThreads, true>(&limits);
   if (error != cudaSuccess) return error;
   if (!tiling.fit(kStreamTile, limits.shared_bytes)) return cudaErrorInvalidConfiguration;
 
@@ -335,7 +342,7 @@ cudaError_t run(const Arguments<T>& a, cudaStream_t stream) {
 template <typename T>
 cudaError_t run(const HeadStep& step, const void* Z, void* workspace, cudaStream_t stream) {
   const Arguments<T> a(step, Z, workspace);
-  const bool aligned = a.has_aligned_rows() && is_vector_aligned(a.P);
+  const bool aligned = a.has_aligned_rows() && is_vector_aligned(a.P) && is_vector_aligned(Z);
   return aligned ? run<T, true>(a, stream) : run<T, false>(a, stream);
 }
 

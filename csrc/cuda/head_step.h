@@ -23,7 +23,7 @@ cudaError_t head_step(const HeadStep& step, void* workspace, cudaStream_t stream
 cudaError_t head_step_projected(const HeadStep& step, const void* Z, void* workspace, cudaStream_t stream);
 
 /// Whether G P is enough work for a BLAS to pay for two more launches. An estimate: it has not been measured.
-constexpr bool head_step_prefers_product_given(int64_t C, int64_t s) { return C > 32 && C * s > 128 * 1024; }
+constexpr bool head_step_prefers_product_given(int64_t C) { return C >= 32; }
 
 /// P ← rls_update(P, h̄), in place: eq. 4-5. dtype is that of P, A (s, s), and h̄, A (s): float32 or float64.
 cudaError_t rls_update(DType dtype, void* projection, const void* feature_mean, int64_t s, double alpha, double forget,

@@ -53,7 +53,8 @@ struct KernelLimits {
 };
 
 /// The limits of a kernel launched with at most kThreads threads. Asked once per device: a step must cost no queries.
-template <auto kKernel, int kThreads>
+/// kPrefersShared: L1 gives up what it can to shared memory, so that several blocks fit on a multiprocessor.
+template <auto kKernel, int kThreads, bool kPrefersShared = false>
 cudaError_t kernel_limits(KernelLimits* limits) {
   constexpr int kMaxDevices = 64;
   static std::mutex mutex;
@@ -79,6 +80,10 @@ cudaError_t kernel_limits(KernelLimits* limits) {
     shared_bytes -= static_cast<int>(attributes.sharedSizeBytes);
     // Above 48 KB a block gets dynamic shared memory only once the kernel has asked for it.
     error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (error == cudaSuccess && kPrefersShared) {
+      error =
+          cudaFuncSetAttribute(kKernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+    }
     if (error == cudaSuccess) {
       error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kKernel, kThreads, shared_bytes);
     }

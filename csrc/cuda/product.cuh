@@ -3,6 +3,7 @@
 // P is symmetric, so row i of P is column i: a block that has some rows of P makes those columns of Z, whole. P and X
 // come through shared memory in tiles of columns, copied asynchronously, two stages deep. A warp multiplies two rows
 // with up to 16 gradients and h̄ at once. More gradients take more passes over the rows, from where they were kept.
+// Where a block has fewer pairs of rows than warps, several warps share a pair, each with a part of the columns.
 #pragma once
 
 #include <cuda_pipeline_primitives.h>
@@ -13,8 +14,11 @@ namespace mla_ext::cuda {
 
 constexpr int kRowsPerWarp = 2;
 constexpr int kClassesPerPass = 16;
+constexpr int kClassesAtOnce = 4;                // between branches: as many loads are in flight
+constexpr int kPartSums = kWarp + kRowsPerWarp;  // of a warp: Z and k
 constexpr int kStages = 2;
 constexpr int kMinTile = 128;  // columns: one 16-byte load of float32 by each lane
+static_assert(kClassesPerPass % kClassesAtOnce == 0);
 static_assert(kRowsPerWarp * kClassesPerPass == kWarp, "warp_sum_scattered leaves one sum in each lane");
 
 /// The largest block: the sums of a thread must fit in its registers, and those of float64 take two each.
@@ -43,13 +47,25 @@ struct Tiling {
   __host__ __device__ size_t row_stage() const { return keep_rows ? 0 : static_cast<size_t>(rows) * row_stride(); }
   __host__ __device__ int grad_rows() const { return C < kClassesPerPass ? C : kClassesPerPass; }
 
-  // In elements of A: P, stages of h̄, own k, own u; then Z where the rows are kept; then in elements of T: stages of G.
+  /// Threads of a block: a warp for every two rows, and enough of them to keep many copies in flight.
+  __host__ __device__ int threads() const {
+    const int warps = pairs();
+    return (warps < 8 ? 8 : warps) * kWarp;
+  }
+  __host__ __device__ int pairs() const { return static_cast<int>(ceil_div(rows, kRowsPerWarp)); }
+  /// The warps of a pair of rows.
+  __host__ __device__ int parts() const { return threads() / kWarp / pairs(); }
+  __host__ __device__ int part_sums() const { return parts() > 1 ? threads() / kWarp * kPartSums : 0; }
+
+  // In elements of A: P, stages of h̄, own k, own u, what warps of a pair hand to each other; then Z where the rows are
+  // kept; then in elements of T: stages of G.
   __host__ __device__ size_t h_offset() const {
     return static_cast<size_t>(rows) * row_stride() * (keep_rows ? 1 : kStages);
   }
   __host__ __device__ size_t own_k_offset() const { return h_offset() + static_cast<size_t>(kStages) * tile; }
   __host__ __device__ size_t own_u_offset() const { return own_k_offset() + kWarp; }
-  __host__ __device__ size_t z_offset() const { return own_u_offset() + kWarp; }
+  __host__ __device__ size_t part_offset() const { return own_u_offset() + kWarp; }
+  __host__ __device__ size_t z_offset() const { return part_offset() + static_cast<size_t>(part_sums()); }
   __host__ __device__ size_t grad_offset_bytes() const {
     const size_t z_elements = keep_rows ? static_cast<size_t>(C) * rows : 0;
     return static_cast<size_t>(round_up((z_offset() + z_elements) * sizeof(A), kVectorBytes));
@@ -64,12 +80,6 @@ struct Tiling {
       if (shared_bytes() <= available_bytes) return true;
     }
     return false;
-  }
-
-  /// Threads of a block: a warp for every two rows, and enough of them to keep many copies in flight.
-  __host__ __device__ int threads() const {
-    const int warps = static_cast<int>(ceil_div(rows, kRowsPerWarp));
-    return (warps < 8 ? 8 : warps) * kWarp;
   }
 };
 
@@ -141,8 +151,17 @@ __device__ inline void multiply(const Tiling<T>& tiling, unsigned char* shared, 
     __pipeline_commit();  // an empty one too: the wait below counts them
   };
 
-  const int row = warp_index() * kRowsPerWarp;  // this warp's first
-  A sums[kWarp];                                // of [row][class]
+  const int parts = tiling.parts();
+  const int pair = warp_index() % tiling.pairs(), part = warp_index() / tiling.pairs();
+  const int row = pair * kRowsPerWarp;  // this warp's first
+  A* const part_sums = shared_rows + tiling.part_offset();
+  // A lane writes what it has of Z after a pass, and of k.
+  const auto write = [&](int pass, A z, A k) {
+    const int r = lane_index() / kClassesPerPass, c = lane_index() % kClassesPerPass;
+    if (c < classes_in(pass) && row + r < rows) write_z(row + r, pass * kClassesPerPass + c, z);
+    if (pass == 0 && h && lane_index() < kRowsPerWarp && row + lane_index() < rows) own_k[row + lane_index()] = k;
+  };
+  A sums[kWarp];  // of [row][class]
   A k_sums[kRowsPerWarp] = {};
   start_copy(0);
   for (int step = 0; step < passes * tiles; ++step) {
@@ -156,7 +175,8 @@ __device__ inline void multiply(const Tiling<T>& tiling, unsigned char* shared, 
     start_copy(step + 1);
     __pipeline_wait_prior(1);
     __syncthreads();  // the step's tiles have arrived
-    if (row < rows) {
+    const bool completes_pass = begin + tile >= s;
+    if (part < parts && row < rows) {
       const A* p[kRowsPerWarp];
 #pragma unroll
       for (int r = 0; r < kRowsPerWarp; ++r) p[r] = rows_at(step, begin) + min(row + r, rows - 1) * stride;
@@ -164,7 +184,7 @@ __device__ inline void multiply(const Tiling<T>& tiling, unsigned char* shared, 
       const A* h_tile = h_at(step);
       const bool with_h = pass == 0 && h;
       const int width = min(tile, s - begin);
-      for (int column = lane_index() * kWidth; column < width; column += kWarp * kWidth) {
+      for (int column = (part * kWarp + lane_index()) * kWidth; column < width; column += parts * kWarp * kWidth) {
         Vector<A, kWidth> row_vector[kRowsPerWarp];
 #pragma unroll
         for (int r = 0; r < kRowsPerWarp; ++r) row_vector[r] = load<kWidth>(p[r] + column);
@@ -177,35 +197,54 @@ __device__ inline void multiply(const Tiling<T>& tiling, unsigned char* shared, 
           }
         }
 #pragma unroll
-        for (int c = 0; c < kClassesPerPass; ++c) {
-          if (c >= classes) break;
-          const Vector<T, kWidth> x = load<kWidth>(g + c * tile + column);
+        for (int first = 0; first < kClassesPerPass; first += kClassesAtOnce) {
+          if (first >= classes) break;
+          Vector<T, kWidth> x[kClassesAtOnce];
 #pragma unroll
-          for (int r = 0; r < kRowsPerWarp; ++r) {
+          for (int q = 0; q < kClassesAtOnce; ++q) {  // past the last class its own again, whose sums nobody reads
+            x[q] = load<kWidth>(g + min(first + q, classes - 1) * tile + column);
+          }
 #pragma unroll
-            for (int i = 0; i < kWidth; ++i) {
-              sums[r * kClassesPerPass + c] += row_vector[r].at[i] * to_accumulate(x.at[i]);
+          for (int q = 0; q < kClassesAtOnce; ++q) {
+#pragma unroll
+            for (int r = 0; r < kRowsPerWarp; ++r) {
+#pragma unroll
+              for (int i = 0; i < kWidth; ++i) {
+                sums[r * kClassesPerPass + first + q] += row_vector[r].at[i] * to_accumulate(x[q].at[i]);
+              }
             }
           }
         }
       }
-      if (begin + tile >= s) {  // the pass is complete
-        if (classes > 0) {
-          const A z = warp_sum_scattered(sums);
-          const int r = lane_index() / kClassesPerPass;
-          const int c = lane_index() % kClassesPerPass;
-          if (c < classes && row + r < rows) write_z(row + r, pass * kClassesPerPass + c, z);
-        }
-        if (with_h) {
+      if (completes_pass) {
+        const A z = classes > 0 ? warp_sum_scattered(sums) : A(0);
+        A k = 0;  // of row r in lane r
 #pragma unroll
-          for (int r = 0; r < kRowsPerWarp; ++r) {
-            const A k = warp_sum(k_sums[r]);
-            if (lane_index() == 0 && row + r < rows) own_k[row + r] = k;
-          }
+        for (int r = 0; with_h && r < kRowsPerWarp; ++r) {
+          const A sum = warp_sum(k_sums[r]);
+          if (lane_index() == r) k = sum;
+        }
+        if (parts == 1) {
+          write(pass, z, k);
+        } else {
+          A* const own = part_sums + warp_index() * kPartSums;
+          own[lane_index()] = z;
+          if (lane_index() < kRowsPerWarp) own[kWarp + lane_index()] = k;
         }
       }
     }
     __syncthreads();  // the stage may be overwritten
+    if (completes_pass && parts > 1) {
+      if (part == 0 && row < rows) {
+        A z = 0, k = 0;
+        for (int other = pair; other < parts * tiling.pairs(); other += tiling.pairs()) {
+          z += part_sums[other * kPartSums + lane_index()];
+          k += part_sums[other * kPartSums + kWarp + lane_index() % kRowsPerWarp];
+        }
+        write(pass, z, k);
+      }
+      __syncthreads();
+    }
   }
 }
 

@@ -7,21 +7,21 @@ namespace mla_ext::cuda {
 
 template <typename A>
 struct RankOne {
-  A sign;         // of d: rounding can make P slightly indefinite, and the signed update then corrects it
-  A root;         // √|d|
-  A keep;         // 1 − ρ
-  A forget;       // ρ
-  bool absorbed;  // false: a d that is 0, infinite or NaN leaves P as it is
+  A sign;          // of d: rounding can make P slightly indefinite, and the signed update then corrects it
+  A inverse_root;  // 1 / √|d|
+  A keep;          // 1 − ρ
+  A forget;        // ρ
+  bool absorbed;   // false: a d that is 0, infinite or NaN leaves P as it is
 
   __device__ RankOne(A d, double rho)
       : sign(d < A(0) ? A(-1) : A(1)),
-        root(sqrt(fabs(d))),
+        inverse_root(A(1) / sqrt(fabs(d))),
         keep(static_cast<A>(1.0 - rho)),
         forget(static_cast<A>(rho)),
         absorbed(isfinite(d) && d != A(0)) {}
 
   /// u = k / √|d|, so that u uᵀ is symmetric to the last bit.
-  __device__ A scaled(A k) const { return k / root; }
+  __device__ A scaled(A k) const { return k * inverse_root; }
 
   /// The new P_ij. u_i u_j inside the fma is exact, so P_ij and P_ji get the same bits.
   __device__ A updated(A p, A u_i, A u_j, bool diagonal) const {

@@ -1,4 +1,4 @@
-// torch.optim.SGD for one element, eq. 6: momentum, weight decay and the step, after the projection.
+// torch.optim.SGD for each element, eq. 6: momentum, weight decay and the step, after the projection.
 #pragma once
 
 #include "arguments.h"
@@ -12,7 +12,7 @@ struct Sgd {
 
   T* weight;
   A* momentum_buffer;
-  A lr, momentum, undamped, weight_decay, grad_scale;
+  A lr, momentum, undamped, weight_decay, inverse_scale;
   bool nesterov, maximize, first_step;
 
   __device__ Sgd(T* weight, A* momentum_buffer, const Hyperparameters& hyper, const float* grad_scale, bool first_step)
@@ -22,26 +22,35 @@ struct Sgd {
         momentum(static_cast<A>(hyper.momentum)),
         undamped(static_cast<A>(1.0 - hyper.dampening)),
         weight_decay(static_cast<A>(hyper.weight_decay)),
-        grad_scale(grad_scale ? static_cast<A>(*grad_scale) : A(1)),
+        inverse_scale(grad_scale ? A(1) / static_cast<A>(*grad_scale) : A(1)),
         nesterov(hyper.nesterov),
         maximize(hyper.maximize),
         first_step(first_step) {}
 
-  /// Steps the element at `index` with z, the projected gradient.
-  __device__ void step(int64_t index, A z) const {
-    A g = z / grad_scale;
-    if (maximize) g = -g;
-    const A w = to_accumulate(weight[index]);
-    g += weight_decay * w;
-    if (momentum_buffer) {
-      // The first buffer is the gradient itself; what is in memory then may be anything.
-      const A b = first_step ? g : momentum * momentum_buffer[index] + undamped * g;
-      momentum_buffer[index] = b;
-      g = nesterov ? g + momentum * b : b;
+  /// Steps the kWidth elements from `index` on with z, the projected gradient.
+  template <int kWidth>
+  __device__ void step(int64_t index, const Vector<A, kWidth>& z) const {
+    Vector<T, kWidth> w = load<kWidth>(weight + index);
+    // The first buffer is the gradient itself; what is in memory then may be anything.
+    Vector<A, kWidth> b = {};
+    if (momentum_buffer && !first_step) b = load<kWidth>(momentum_buffer + index);
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+      A g = z.at[i] * inverse_scale;
+      if (maximize) g = -g;
+      const A old = to_accumulate(w.at[i]);
+      g += weight_decay * old;
+      if (momentum_buffer) {
+        b.at[i] = first_step ? g : momentum * b.at[i] + undamped * g;
+        g = nesterov ? g + momentum * b.at[i] : b.at[i];
+      }
+      w.at[i] = from_accumulate<T>(old - lr * g);
     }
-    const T stepped = from_accumulate<T>(w - lr * g);
-    weight[index] = stepped;
+    if (momentum_buffer) store(momentum_buffer + index, b);
+    store(weight + index, w);
   }
+
+  __device__ void step(int64_t index, A z) const { step<1>(index, {z}); }
 };
 
 }  // namespace mla_ext::cuda

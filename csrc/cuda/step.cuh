@@ -34,7 +34,8 @@ struct StepArguments {
 
   /// Whether vectors of A and of T start at the same columns in every row of a matrix (rows, s).
   bool has_aligned_rows() const {
-    return s % kVector<A> == 0 && s % kVector<T> == 0 && is_vector_aligned(grad) && is_vector_aligned(feature_mean);
+    return s % kVector<A> == 0 && s % kVector<T> == 0 && is_vector_aligned(grad) && is_vector_aligned(feature_mean) &&
+           is_vector_aligned(weight) && is_vector_aligned(momentum_buffer);
   }
 
   __device__ bool skipped() const { return found_inf && *found_inf != 0.0f; }

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
+
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import _fakes, _library
 from ..checks import describe
@@ -76,13 +79,25 @@ class Compiled(Backend):
         return fused, weights
 
 
+_read: MutableMapping[Tensor, tuple[int, float]] = WeakIdKeyDictionary()  # the version that was read, and its value
+
+
 def _number(name: str, value: float | Tensor) -> float:
-    """A number on the host. One on a GPU has to be waited for, and a captured graph would keep its value of now."""
-    if isinstance(value, Tensor) and value.device.type != "cpu" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            f"{name}: expected a number, or a tensor on the CPU, to capture a step; got {describe(value)}"
-        )
-    return float(value)
+    """A number on the host. One on a GPU is read when it has changed, not at every step: the host has to wait for it.
+
+    A captured graph keeps the value that was read before.
+    """
+    if not isinstance(value, Tensor) or value.device.type == "cpu" or torch.compiler.is_compiling():
+        return float(value)
+    version, number = _read.get(value, (None, 0.0))
+    if version != value._version:
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"{name}: expected a number, or a tensor on the CPU, to capture a step; got {describe(value)}"
+            )
+        number = float(value)
+        _read[value] = value._version, number
+    return number
 
 
 def _number_or_tensor(value: float | Tensor, device: torch.device) -> tuple[float, Tensor | None]:

@@ -82,7 +82,8 @@ cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributePreferredSharedMemoryCarveout };
+constexpr int cudaSharedmemCarveoutMaxShared = 100;
 struct cudaFuncAttributes {
   size_t sharedSizeBytes;
   int ptxVersion;
@@ -99,7 +100,8 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*)(P...)
   return cudaSuccess;
 }
 template <typename... P>
-cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute, int bytes) {
+cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute attribute, int bytes) {
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;  // a hint
   return emulated_raise_shared_memory(reinterpret_cast<const void*>(kernel), bytes);
 }
 template <typename... P>
