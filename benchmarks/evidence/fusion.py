@@ -74,8 +74,8 @@ def page(sources: Sequence[str], seeds: int, epochs: int, samples: int, results:
         columns = ["data", *METHODS_OF_FUSION, "calibrated minus mean", "calibrated minus entropy"]
         tables.append(Table(title, columns, rows))
     text = f"""Test accuracy in %, mean ± standard deviation over {seeds} seeds. Differences are in points, paired by
-    seed, with 95 % intervals (Student's t). MLA with the defaults of `mla-ext train`, alpha {Settings().alpha:g}, nothing
-    tuned, {epochs} epochs, linear encoders of 64 features. Of each training split at most {samples} samples are
+    seed, with 95 % intervals (Student's t). MLA with the defaults of `mla-ext train`, alpha {Settings().alpha:g},
+    nothing tuned, {epochs} epochs, linear encoders of 64 features. Of each training split at most {samples} samples are
     used. Temperatures are fitted on the complete validation split. In the last row the
     accuracies of one seed are averaged over the data first."""
     write(out / "fusion_methods", "Mean, entropy and calibrated fusion", text, tables)
