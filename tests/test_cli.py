@@ -38,9 +38,8 @@ def test_train_then_evaluate_print_the_same_table(capsys, tmp_path, file, method
     options = ["--method", method, "--epochs", 3, "--width", 8, "--seed", 1, "--missing", 0.2, "--out", tmp_path]
     assert train(file, *options) == 0
     trained = capsys.readouterr().out
-    rows = ["sound", "sight", "mean fusion", "entropy fusion"] + [
-        "joint" if method in ("concat", "late") else "calibrated fusion"
-    ]
+    last = "joint" if method in ("concat", "late") else "calibrated fusion"
+    rows = ["sound", "sight", "mean fusion", "entropy fusion", last]
     assert [line.split("  ")[0] for line in trained.splitlines()[2:-1]] == rows
     report = json.loads((tmp_path / "report.json").read_text())
     assert (report["method"], report["epochs"], report["test"]["split"]) == (method, 3, "test")
