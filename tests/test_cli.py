@@ -44,7 +44,8 @@ def test_train_then_evaluate_print_the_same_table(capsys, tmp_path, file, method
     report = json.loads((tmp_path / "report.json").read_text())
     assert (report["method"], report["epochs"], report["test"]["split"]) == (method, 3, "test")
     entropy = report["test"]["fusions"]["entropy"]
-    assert f"entropy fusion  {entropy['accuracy']:>7.2%}    {entropy['macro_f1']:>7.2%}" in trained
+    label = "entropy fusion".ljust(max(map(len, rows)))
+    assert f"{label}  {entropy['accuracy']:>7.2%}    {entropy['macro_f1']:>7.2%}" in trained
 
     assert cli.main(["evaluate", "--data", file, "--run", str(tmp_path)]) == 0
     evaluated = capsys.readouterr().out
