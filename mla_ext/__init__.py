@@ -12,10 +12,11 @@ __version__ = "0.1.0"
 
 from .adamw import ProjectedAdamW
 from .info import build_info
-from .ops import entropy_fusion
+from .ops import calibrated_fusion, entropy_fusion
 from .optimizer import ProjectedSGD
 
 if TYPE_CHECKING:
+    from .multimodal.calibration import calibrate
     from .multimodal.data import MultimodalData, digits
     from .multimodal.evaluate import evaluate, predict
     from .multimodal.files import load_folder, load_npz
@@ -28,6 +29,7 @@ _HOME = {
     "MultimodalData": "multimodal.data",
     "MultimodalModel": "multimodal.model",
     "SharedHeadModel": "multimodal.model",
+    "calibrate": "multimodal.calibration",
     "digits": "multimodal.data",
     "evaluate": "multimodal.evaluate",
     "fit": "multimodal.fit",
@@ -45,6 +47,8 @@ __all__ = [
     "SharedHeadModel",
     "__version__",
     "build_info",
+    "calibrate",
+    "calibrated_fusion",
     "digits",
     "entropy_fusion",
     "evaluate",

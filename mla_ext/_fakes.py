@@ -25,6 +25,8 @@ def _feature_mean(features: Tensor) -> Tensor:
     return features.new_empty(features.shape[1], dtype=accumulate_dtype(features.dtype))
 
 
-def _entropy_fusion(logits: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
+def _entropy_fusion(
+    logits: Tensor, present: Tensor | None, temperatures: Tensor | None = None, equal: bool = False
+) -> tuple[Tensor, Tensor]:
     M, N, C = logits.shape
     return logits.new_empty(N, C), logits.new_empty(M, N, dtype=accumulate_dtype(logits.dtype))

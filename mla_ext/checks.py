@@ -84,6 +84,16 @@ def check_tensor(
         raise ValueError(f"{name}: expected a tensor on {device}, got {describe(value)}")
 
 
+def check_temperatures(value: Any, modalities: int, device: torch.device) -> None:
+    """(M,), on the CPU or on `device`. On a GPU its values are not looked at: the host would have to wait for them."""
+    on_cpu = isinstance(value, Tensor) and value.device.type == "cpu"
+    check_tensor("temperatures", value, (modalities,), device=None if on_cpu else device)
+    if not on_cpu or torch.compiler.is_compiling():
+        return
+    if not all(math.isfinite(T) and T > 0 for T in value.tolist()):
+        raise ValueError(f"temperatures: expected finite numbers > 0, got {value.tolist()}")
+
+
 def check_nonempty(name: str, value: Tensor) -> None:
     if value.numel() == 0:
         raise ValueError(f"{name}: expected at least one element in every dimension, got {describe(value)}")

@@ -15,10 +15,19 @@ from torch import Tensor
 from . import backends, checks, rules
 from .backends import Backend
 from .projection import Projection
-from .reference import Hyperparameters
+from .reference import Hyperparameters, accumulate_dtype
 from .step import HeadStep
 
-__all__ = ["HeadStep", "Hyperparameters", "Projection", "entropy_fusion", "feature_mean", "head_step_", "rls_update_"]
+__all__ = [
+    "HeadStep",
+    "Hyperparameters",
+    "Projection",
+    "calibrated_fusion",
+    "entropy_fusion",
+    "feature_mean",
+    "head_step_",
+    "rls_update_",
+]
 
 
 @torch.no_grad()
@@ -105,14 +114,34 @@ def _run_contiguous(step: HeadStep, backend: Backend) -> None:
     _write_back(*zip(written, (weight, momentum_buffer, base, rows), strict=True))
 
 
-@torch.no_grad()
-def entropy_fusion(logits: Tensor, present: Tensor | None = None, backend: str = "auto") -> tuple[Tensor, Tensor]:
+def entropy_fusion(
+    logits: Tensor, present: Tensor | None = None, temperatures: Tensor | None = None, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
     """Fuse logits (M, N, C) sample by sample, each modality weighted by its certainty (eq. 7-9).
 
-    present: bool (M, N), False where sample n lacks modality m; None when all are there. Returns the fused logits
-    (N, C) in the dtype of logits and the weights λ (M, N) in float32 (float64 for float64), which sum to 1 over the
-    present modalities. A sample without any modality gets zeros. A test-time operation: no gradient flows through it.
+    present: bool (M, N), False where sample n lacks modality m; None when all are there. temperatures: (M,), finite
+    and positive, on the CPU or the device of logits; modality m's logits are divided by T_m first. Their values are
+    checked if they are on the CPU. Returns the fused logits (N, C) in the dtype of logits and the weights λ (M, N) in
+    float32 (float64 for float64), which sum to 1 over the present modalities. A sample without any modality gets
+    zeros. A test-time operation: no gradient flows through it.
     """
+    return _fusion(logits, present, temperatures, backend, equal=False)
+
+
+def calibrated_fusion(
+    logits: Tensor, present: Tensor | None = None, temperatures: Tensor | None = None, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """The mean of logits_m / T_m over the modalities that are present: `entropy_fusion` with equal weights λ.
+
+    Arguments, results and errors are as of `entropy_fusion`; `mla_ext.calibrate` finds temperatures.
+    """
+    return _fusion(logits, present, temperatures, backend, equal=True)
+
+
+@torch.no_grad()
+def _fusion(
+    logits: Tensor, present: Tensor | None, temperatures: Tensor | None, backend: str, equal: bool
+) -> tuple[Tensor, Tensor]:
     checks.check_tensor("logits", logits, ("M", "N", "C"))
     M, N, C = logits.shape
     if M == 0 or C == 0:
@@ -120,7 +149,10 @@ def entropy_fusion(logits: Tensor, present: Tensor | None = None, backend: str =
     if present is not None:
         checks.check_tensor("present", present, (M, N), (torch.bool,), logits.device)
         present = present.contiguous()
-    return backends.choose(backend, logits.device).entropy_fusion(logits.contiguous(), present)
+    if temperatures is not None:
+        checks.check_temperatures(temperatures, M, logits.device)
+        temperatures = temperatures.to(logits.device, accumulate_dtype(logits.dtype)).contiguous()
+    return backends.choose(backend, logits.device).entropy_fusion(logits.contiguous(), present, temperatures, equal)
 
 
 def _write_back(*pairs: tuple[Tensor | None, Tensor | None]) -> None:

@@ -19,6 +19,7 @@ __all__ = [
     "Hyperparameters",
     "accumulate_dtype",
     "adamw_update",
+    "calibrated_fusion",
     "entropy_fusion",
     "feature_mean",
     "head_step",
@@ -272,20 +273,41 @@ def rank_head_step(
     return weight, momentum_buffer, *absorbed
 
 
-def entropy_fusion(logits: Tensor, present: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def entropy_fusion(
+    logits: Tensor, present: Tensor | None = None, temperatures: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Fuse the modalities' logits sample by sample, each weighted by its certainty (eq. 7-9).
 
-    e_m = −Σ_c p log p of p = softmax(f_m); λ = softmax_m(−e_m) over the present modalities; fused = Σ_m λ_m f_m.
-    logits (M, N, C), present bool (M, N) -> fused (N, C) in the dtype of logits, weights λ (M, N). An absent
-    modality has λ = 0 and its logits are never used; a sample with none has all-zero λ and fused logits.
+    f_m = logits_m / T_m; e_m = −Σ_c p log p of p = softmax(f_m); λ = softmax_m(−e_m) over the present modalities;
+    fused = Σ_m λ_m f_m. logits (M, N, C), present bool (M, N), temperatures T (M,), 1 where None -> fused (N, C) in
+    the dtype of logits, weights λ (M, N). An absent modality has λ = 0 and its logits are never used; a sample with
+    none has all-zero λ and fused logits.
     """
-    if present is None:
-        present = logits.new_ones(logits.shape[:2], dtype=torch.bool)
-    f = logits.to(accumulate_dtype(logits.dtype)).masked_fill(~present.unsqueeze(-1), 0.0)
+    f, present = _scaled(logits, present, temperatures)
     log_p = f.log_softmax(dim=-1)
     p = log_p.exp()
     entropy = -torch.where(p > 0, p * log_p, 0.0 * p).sum(dim=-1)
     weights = (-entropy).masked_fill(~present, -torch.inf).softmax(dim=0)
     weights = torch.where(present, weights, torch.zeros_like(weights))
-    fused = (weights.unsqueeze(-1) * f).sum(dim=0)
-    return fused.to(logits.dtype), weights
+    return _weighted(weights, f, logits.dtype)
+
+
+def calibrated_fusion(
+    logits: Tensor, present: Tensor | None = None, temperatures: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The mean of f_m = logits_m / T_m over the present modalities: `entropy_fusion` with equal λ."""
+    f, present = _scaled(logits, present, temperatures)
+    weights = present.to(f.dtype) / present.sum(dim=0).clamp(min=1)
+    return _weighted(weights, f, logits.dtype)
+
+
+def _scaled(logits: Tensor, present: Tensor | None, temperatures: Tensor | None) -> tuple[Tensor, Tensor]:
+    """logits / T in the accumulate dtype, zero where absent; and what is present."""
+    if present is None:
+        present = logits.new_ones(logits.shape[:2], dtype=torch.bool)
+    f = logits.to(accumulate_dtype(logits.dtype)).masked_fill(~present.unsqueeze(-1), 0.0)
+    return (f if temperatures is None else f / temperatures.to(f).view(-1, 1, 1)), present
+
+
+def _weighted(weights: Tensor, f: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return (weights.unsqueeze(-1) * f).sum(dim=0).to(dtype), weights

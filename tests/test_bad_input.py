@@ -149,6 +149,26 @@ def test_entropy_fusion(logits, present, error, message):
         mla_ext.entropy_fusion(logits, present)
 
 
+@pytest.mark.parametrize("fusion", [mla_ext.entropy_fusion, mla_ext.calibrated_fusion])
+@pytest.mark.parametrize(
+    ("temperatures", "error", "message"),
+    [
+        (ones(3), ValueError, r"temperatures: expected shape \(2,\), got a \(3,\)"),
+        (ones(2, 1), ValueError, r"temperatures: expected shape \(2,\)"),
+        (ones(2, dtype=torch.int64), TypeError, "temperatures: .* int64"),
+        (ones(2, device="meta"), ValueError, "temperatures: expected a tensor on cpu"),
+        ([1.0, 1.0], TypeError, "temperatures: .* got list"),
+        *(
+            (torch.tensor([1.0, T]), ValueError, "temperatures: expected finite numbers > 0, got .1.0, ")
+            for T in (0.0, -1.0, float("nan"), float("inf"))
+        ),
+    ],
+)
+def test_temperatures(fusion, temperatures, error, message):
+    with pytest.raises(error, match=message):
+        fusion(ones(2, 3, 4), None, temperatures)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

@@ -38,12 +38,14 @@ def test_train_then_evaluate_print_the_same_table(capsys, tmp_path, file, method
     options = ["--method", method, "--epochs", 3, "--width", 8, "--seed", 1, "--missing", 0.2, "--out", tmp_path]
     assert train(file, *options) == 0
     trained = capsys.readouterr().out
-    rows = ["sound", "sight", "mean fusion", "entropy fusion"] + ["joint"] * (method in ("concat", "late"))
+    last = "joint" if method in ("concat", "late") else "calibrated fusion"
+    rows = ["sound", "sight", "mean fusion", "entropy fusion", last]
     assert [line.split("  ")[0] for line in trained.splitlines()[2:-1]] == rows
     report = json.loads((tmp_path / "report.json").read_text())
     assert (report["method"], report["epochs"], report["test"]["split"]) == (method, 3, "test")
     entropy = report["test"]["fusions"]["entropy"]
-    assert f"entropy fusion  {entropy['accuracy']:>7.2%}    {entropy['macro_f1']:>7.2%}" in trained
+    label = "entropy fusion".ljust(max(map(len, rows)))
+    assert f"{label}  {entropy['accuracy']:>7.2%}    {entropy['macro_f1']:>7.2%}" in trained
 
     assert cli.main(["evaluate", "--data", file, "--run", str(tmp_path)]) == 0
     evaluated = capsys.readouterr().out

@@ -351,9 +351,9 @@ def fusion_call(logits: Tensor, present: Tensor | None, device: int = H100, seed
         logits = logits.masked_fill(~present.unsqueeze(-1), NAN)  # not to be read
         present = present.to(torch.uint8)
     outputs = [torch.full((n, c), NAN, dtype=logits.dtype), torch.full((m, n), NAN, dtype=accumulate)]
-    integers = [harness.DTYPES[logits.dtype], m, n, c]
+    integers = [harness.DTYPES[logits.dtype], m, n, c, 0]
     offsets = {0: seed % 2 * logits.element_size()}
-    return Call(harness.ENTROPY_FUSION, integers, (), [logits, present, *outputs], device, seed, offsets)
+    return Call(harness.ENTROPY_FUSION, integers, (), [logits, present, *outputs, None], device, seed, offsets)
 
 
 def random_logits(m: int, n: int, c: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -375,7 +375,7 @@ def check_fusions(program: Path, directory: Path, shapes: list[tuple[int, int, i
         logits, present = random_logits(*shape, dtype)
         cases.append((logits, present if with_present else None))
     calls = [fusion_call(*case, device, seed=i // 2) for i, case in enumerate(cases)]
-    for (logits, present), (_, _, fused, weights) in zip(cases, harness.run(program, calls, directory), strict=True):
+    for (logits, present), (_, _, fused, weights, _) in zip(cases, harness.run(program, calls, directory), strict=True):
         exact, plain = reference.entropy_fusion(logits.double(), present), reference.entropy_fusion(logits, present)
         infinite = exact[0].isinf()
         what = f"{logits.dtype} {tuple(logits.shape)}"
@@ -412,7 +412,7 @@ def test_entropy_fusion_of_differences_that_overflow(fast, tmp_path):
     logits[0] = -3e38
     logits[0, :, [7, 300]] = 3e38
     for dtype in (torch.float32, torch.bfloat16):
-        ((_, _, fused, weights),) = harness.run(fast, [fusion_call(logits.to(dtype), None)], tmp_path)
+        ((_, _, fused, weights, _),) = harness.run(fast, [fusion_call(logits.to(dtype), None)], tmp_path)
         torch.testing.assert_close(weights, reference.entropy_fusion(logits.to(dtype))[1])
         assert fused.isfinite().all()
 

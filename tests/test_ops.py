@@ -234,6 +234,35 @@ def test_entropy_fusion(device, backend, dtype, M, N, C, missing):
         assert (weights[:, present.sum(0) == 0] == 0).all() and (fused[present.sum(0) == 0] == 0).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["entropy_fusion", "calibrated_fusion"])
+@pytest.mark.parametrize(("M", "N", "C"), [(1, 5, 2), (3, 7, 10), (2, 33, 1000), (3, 257, 33), (4, 0, 5)])
+def test_fusions_with_temperatures(device, backend, dtype, name, M, N, C):
+    logits = 5 * randn(M, N, C, dtype=dtype, device=device)
+    present = (torch.rand(M, N, generator=torch.Generator().manual_seed(1)) > 0.4).to(device)
+    temperatures = torch.tensor([0.3, 7.0, 1.0, 0.9])[:M].to(device)
+    poisoned = logits.masked_fill(~present.unsqueeze(-1), torch.nan)
+    fused, weights = getattr(ops, name)(poisoned, present, temperatures, backend=backend)
+    plain = getattr(reference, name)(logits, present, temperatures)
+    truth = getattr(reference, name)(logits.double() / temperatures.double().view(-1, 1, 1), present)
+    for actual, rounded, true in zip((fused, weights), plain, truth, strict=True):
+        assert_as_accurate(actual, rounded, true)
+    assert (weights[~present] == 0).all() and (fused[present.sum(0) == 0] == 0).all()
+    if name == "calibrated_fusion":
+        torch.testing.assert_close(weights, (present / present.sum(0).clamp(min=1)).to(weights.dtype))
+
+
+@pytest.mark.parametrize("name", ["entropy_fusion", "calibrated_fusion"])
+def test_temperatures_of_one_change_no_bit(device, backend, name):
+    logits = randn(3, 9, 33, dtype=torch.float32, device=device)
+    for without, ones in zip(
+        getattr(ops, name)(logits, backend=backend),
+        getattr(ops, name)(logits, None, torch.ones(3), backend=backend),
+        strict=True,
+    ):
+        assert torch.equal(without, ones)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_entropy_fusion_of_extreme_logits(device, backend, dtype):
     logits = torch.zeros(2, 4, 33, dtype=dtype, device=device)

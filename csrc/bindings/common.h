@@ -101,11 +101,13 @@ inline void check_rows(const std::optional<Tensor>& base, const std::optional<Te
   check(*count, "count", {}, ScalarType::Long, device);
 }
 
-inline void check_fusion(const Tensor& logits, const std::optional<Tensor>& present, DeviceType device) {
+inline void check_fusion(const Tensor& logits, const std::optional<Tensor>& present,
+                         const std::optional<Tensor>& temperatures, DeviceType device) {
   STD_TORCH_CHECK(logits.dim() == 3 && logits.size(0) > 0 && logits.size(2) > 0,
                   "logits: expected an (M, N, C) tensor with at least one modality and one class");
   check(logits, "logits", {logits.size(0), logits.size(1), logits.size(2)}, logits.scalar_type(), device);
   check(present, "present", {logits.size(0), logits.size(1)}, ScalarType::Bool, device);
+  check(temperatures, "temperatures", {logits.size(0)}, accumulate_type(logits), device);
 }
 
 // One number in memory of the device, or null.

@@ -116,16 +116,17 @@ void settle_(std::optional<Tensor> base, std::optional<Tensor> beta, Tensor rows
   mla_ext::cpu::kernels().settle(dtype_of(rows, "rows"), projection, s, parallel_for);
 }
 
-std::tuple<Tensor, Tensor> entropy_fusion(const Tensor& logits, const std::optional<Tensor>& present) {
-  check_fusion(logits, present, kDevice);
+std::tuple<Tensor, Tensor> entropy_fusion(const Tensor& logits, const std::optional<Tensor>& present,
+                                          const std::optional<Tensor>& temperatures, bool equal) {
+  check_fusion(logits, present, temperatures, kDevice);
   const DType dtype = dtype_of(logits, "logits");
   const int64_t M = logits.size(0), N = logits.size(1), C = logits.size(2);
   Tensor fused = torch::stable::new_empty(logits, {N, C});
   Tensor weights = torch::stable::new_empty(logits, {M, N}, accumulate_type(logits));
-  mla_ext::cpu::kernels().entropy_fusion(
-      dtype,
-      {logits.data_ptr(), static_cast<const bool*>(pointer(present)), fused.data_ptr(), weights.data_ptr(), M, N, C},
-      parallel_for);
+  mla_ext::cpu::kernels().entropy_fusion(dtype,
+                                         {logits.data_ptr(), static_cast<const bool*>(pointer(present)),
+                                          fused.data_ptr(), weights.data_ptr(), M, N, C, pointer(temperatures), equal},
+                                         parallel_for);
   return {fused, weights};
 }
 
@@ -143,7 +144,9 @@ STABLE_TORCH_LIBRARY(mla_ext, library) {
       "bool absorb_before, bool normalize, Tensor? grad_scale, Tensor? found_inf, Tensor? lr_tensor=None, "
       "Tensor? alpha_tensor=None, Tensor(h!)? nu=None, Tensor? product=None) -> ()");
   library.def("settle_(Tensor(a!)? base, Tensor(b!)? beta, Tensor(c!) rows, Tensor(d!) count) -> ()");
-  library.def("entropy_fusion(Tensor logits, Tensor? present) -> (Tensor fused, Tensor weights)");
+  library.def(
+      "entropy_fusion(Tensor logits, Tensor? present, Tensor? temperatures=None, bool equal=False) -> "
+      "(Tensor fused, Tensor weights)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mla_ext, CPU, library) {

@@ -145,16 +145,19 @@ void head_step_(Tensor weight, const Tensor& grad, std::optional<Tensor> momentu
                  : mla_ext::cuda::head_step(arguments, workspace.data_ptr(), place.stream()));
 }
 
-std::tuple<Tensor, Tensor> entropy_fusion(const Tensor& logits, const std::optional<Tensor>& present) {
-  check_fusion(logits, present, kDevice);
+std::tuple<Tensor, Tensor> entropy_fusion(const Tensor& logits, const std::optional<Tensor>& present,
+                                          const std::optional<Tensor>& temperatures, bool equal) {
+  check_fusion(logits, present, temperatures, kDevice);
   check_same_gpu(present, "present", logits);
+  check_same_gpu(temperatures, "temperatures", logits);
   const DType dtype = dtype_of(logits, "logits");
   const int64_t M = logits.size(0), N = logits.size(1), C = logits.size(2);
   const Place place(logits);
   Tensor fused = torch::stable::new_empty(logits, {N, C});
   Tensor weights = torch::stable::new_empty(logits, {M, N}, accumulate_type(logits));
   check_launch(mla_ext::cuda::entropy_fusion(dtype, logits.data_ptr(), static_cast<const uint8_t*>(pointer(present)), M,
-                                             N, C, fused.data_ptr(), weights.data_ptr(), place.stream()));
+                                             N, C, pointer(temperatures), equal, fused.data_ptr(), weights.data_ptr(),
+                                             place.stream()));
   return {fused, weights};
 }
 

@@ -1,6 +1,7 @@
-// Every sample's logits fused, each modality weighted by its certainty: lambda = softmax_m(-entropy).
+// Every sample's logits fused, each modality weighted by its certainty, lambda = softmax_m(-entropy), or equally.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
 #include "dtype.h"
@@ -61,6 +62,16 @@ void weighted_sum(const A* const* rows, const A* weights, int64_t count, int64_t
   }
 }
 
+// x (C) in the accumulate type.
+template <class T, class A>
+void copy_row(const T* x, A* out, int64_t C) {
+  if constexpr (sizeof(T) < sizeof(A)) {
+    widen(x, out, C);
+  } else {
+    std::copy(x, x + C, out);
+  }
+}
+
 template <class T>
 void entropy_fusion(const EntropyFusion& fusion, ParallelFor parallel_for) {
   using A = typename Accumulate<T>::type;
@@ -68,11 +79,13 @@ void entropy_fusion(const EntropyFusion& fusion, ParallelFor parallel_for) {
   const T* logits = static_cast<const T*>(fusion.logits);
   T* fused = static_cast<T*>(fusion.fused);
   A* weights = static_cast<A*>(fusion.weights);
+  const A* temperatures = static_cast<const A*>(fusion.temperatures);
   constexpr bool kWiden = sizeof(T) < sizeof(A);
+  const bool copies = kWiden || temperatures != nullptr;
   constexpr int64_t kLogitsPerTask = 4096;  // an exponential costs some eight multiply-adds
 
   parallel(parallel_for, N, kLogitsPerTask / (M * C), [&](int64_t begin, int64_t end) {
-    Scratch<A> widened(kWiden ? M * C : 0), lambda(M), sums(kWiden ? C : 0);
+    Scratch<A> copied(copies ? M * C : 0), lambda(M), sums(kWiden ? C : 0);
     Scratch<const A*> f(M);
     const auto is_present = [&](int64_t m, int64_t n) {
       return fusion.present == nullptr || fusion.present[m * N + n];
@@ -84,13 +97,18 @@ void entropy_fusion(const EntropyFusion& fusion, ParallelFor parallel_for) {
       for (int64_t m = 0; m < M; ++m) {
         if (!is_present(m, n)) continue;
         const T* x = logits + (m * N + n) * C;
-        if constexpr (kWiden) {
-          f[count] = widened.get() + count * C;
-          widen(x, widened.get() + count * C, C);
+        if (copies) {
+          A* row = copied.get() + count * C;
+          copy_row(x, row, C);
+          if (temperatures != nullptr) {
+            const A scale = 1 / temperatures[m];
+            for (int64_t c = 0; c < C; ++c) row[c] *= scale;
+          }
+          f[count] = row;
         } else {
-          f[count] = x;
+          f[count] = reinterpret_cast<const A*>(x);
         }
-        lambda[count] = entropy(f[count], C, x + C);
+        lambda[count] = fusion.equal ? A(0) : entropy(f[count], C, x + C);
         lowest = lambda[count] < lowest ? lambda[count] : lowest;
         ++count;
       }

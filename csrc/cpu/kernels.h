@@ -20,13 +20,15 @@ struct Workspace {
   void* context;
 };
 
-// Weighting every sample's logits by the certainty of each modality.
+// Weighting every sample's logits by the certainty of each modality, or equally.
 struct EntropyFusion {
   const void* logits;   // (M, N, C)
   const bool* present;  // (M, N), or null: all are
   void* fused;          // (N, C), in the dtype of logits
   void* weights;        // A (M, N)
   int64_t M, N, C;
+  const void* temperatures = nullptr;  // A (M), what the logits are divided by, or null: all 1
+  bool equal = false;                  // present modalities weigh the same
 };
 
 // torch.optim.SGD's step of several tensors (plain_sgd.h).

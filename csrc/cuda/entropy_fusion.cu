@@ -73,8 +73,8 @@ struct OnlineEntropy {
 /// One block for each sample, so that no sample's sums depend on another's.
 template <typename T, bool kAligned>
 __global__ void __launch_bounds__(kMaxThreads)
-    entropy_fusion_kernel(const T* logits, const uint8_t* present, int M, int N, int C, bool keep_rows, int rows_offset,
-                          T* fused, accumulate_t<T>* weights) {
+    entropy_fusion_kernel(const T* logits, const uint8_t* present, const accumulate_t<T>* temperatures, bool equal,
+                          int M, int N, int C, bool keep_rows, int rows_offset, T* fused, accumulate_t<T>* weights) {
   using A = accumulate_t<T>;
   constexpr int kWidth = kAligned ? kVector<T> : 1;
   const int64_t sample = blockIdx.x;
@@ -87,12 +87,14 @@ __global__ void __launch_bounds__(kMaxThreads)
 
   const auto is_present = [&](int m) { return !present || present[int64_t{m} * N + sample] != 0; };
   const auto row_of = [&](int m) { return logits + (int64_t{m} * N + sample) * C; };
+  const auto scale_of = [&](int m) { return temperatures ? A(1) / temperatures[m] : A(1); };
   const int first = static_cast<int>(threadIdx.x) * kWidth;
   const int step = static_cast<int>(blockDim.x) * kWidth;
 
-  for (int m = 0; m < M; ++m) {
+  for (int m = 0; m < M && !equal; ++m) {
     if (!is_present(m)) continue;
     const T* const row = row_of(m);
+    const A scale = scale_of(m);
     OnlineEntropy<A> part;
 #pragma unroll 2
     for (int c = first; c < C; c += step) {
@@ -100,7 +102,7 @@ __global__ void __launch_bounds__(kMaxThreads)
       if (keep_rows) store(rows + m * C + c, vector);  // only this thread reads it again
       A x[kWidth];
 #pragma unroll
-      for (int i = 0; i < kWidth; ++i) x[i] = to_accumulate(vector.at[i]);
+      for (int i = 0; i < kWidth; ++i) x[i] = scale * to_accumulate(vector.at[i]);
       part.add(x);
     }
     part.merge_warp();
@@ -110,6 +112,10 @@ __global__ void __launch_bounds__(kMaxThreads)
   for (int m = static_cast<int>(threadIdx.x); m < M; m += static_cast<int>(blockDim.x)) {
     if (!is_present(m)) {
       entropies[m] = INFINITY;  // λ = 0
+      continue;
+    }
+    if (equal) {
+      entropies[m] = A(0);
       continue;
     }
     OnlineEntropy<A> whole = parts[m * warps];
@@ -134,9 +140,10 @@ __global__ void __launch_bounds__(kMaxThreads)
     for (int m = 0; m < M; ++m) {
       if (sample_weights[m] == A(0))
         continue;  // absent: entropies differ by log C at most, which no λ > 0 underflows on
+      const A scale = scale_of(m);
       const Vector<T, kWidth> vector = load<kWidth>(keep_rows ? rows + m * C + c : row_of(m) + c);
 #pragma unroll
-      for (int i = 0; i < kWidth; ++i) sums[i] += sample_weights[m] * to_accumulate(vector.at[i]);
+      for (int i = 0; i < kWidth; ++i) sums[i] += sample_weights[m] * (scale * to_accumulate(vector.at[i]));
     }
     Vector<T, kWidth> result;
 #pragma unroll
@@ -146,8 +153,8 @@ __global__ void __launch_bounds__(kMaxThreads)
 }
 
 template <typename T, bool kAligned>
-cudaError_t run(const T* logits, const uint8_t* present, int M, int N, int C, T* fused, accumulate_t<T>* weights,
-                cudaStream_t stream) {
+cudaError_t run(const T* logits, const uint8_t* present, const accumulate_t<T>* temperatures, bool equal, int M, int N,
+                int C, T* fused, accumulate_t<T>* weights, cudaStream_t stream) {
   constexpr int kWidth = kAligned ? kVector<T> : 1;
   KernelLimits limits;
   const cudaError_t error = kernel_limits<entropy_fusion_kernel<T, kAligned>, kMaxThreads>(&limits);
@@ -161,19 +168,20 @@ cudaError_t run(const T* logits, const uint8_t* present, int M, int N, int C, T*
   if (parts_bytes > limits.shared_bytes) return cudaErrorInvalidValue;
   // Kept rows are read from memory once. Half of the shared memory, so that two blocks share a multiprocessor.
   const size_t rows_bytes = sizeof(T) * static_cast<size_t>(M) * static_cast<size_t>(C);
-  const bool keep_rows = parts_bytes + rows_bytes <= limits.shared_bytes / 2;
+  const bool keep_rows = !equal && parts_bytes + rows_bytes <= limits.shared_bytes / 2;
   const LaunchShape shape = {static_cast<unsigned>(N), static_cast<unsigned>(threads),
                              parts_bytes + (keep_rows ? rows_bytes : 0)};
-  return launch(entropy_fusion_kernel<T, kAligned>, shape, stream, logits, present, M, N, C, keep_rows,
-                static_cast<int>(parts_bytes), fused, weights);
+  return launch(entropy_fusion_kernel<T, kAligned>, shape, stream, logits, present, temperatures, equal, M, N, C,
+                keep_rows, static_cast<int>(parts_bytes), fused, weights);
 }
 
 template <typename T>
-cudaError_t run(const void* logits, const uint8_t* present, int64_t M, int64_t N, int64_t C, void* fused, void* weights,
-                cudaStream_t stream) {
+cudaError_t run(const void* logits, const uint8_t* present, const void* temperatures, bool equal, int64_t M, int64_t N,
+                int64_t C, void* fused, void* weights, cudaStream_t stream) {
   const auto call = [&](auto* kernel_run) {
-    return kernel_run(static_cast<const T*>(logits), present, static_cast<int>(M), static_cast<int>(N),
-                      static_cast<int>(C), static_cast<T*>(fused), static_cast<accumulate_t<T>*>(weights), stream);
+    return kernel_run(static_cast<const T*>(logits), present, static_cast<const accumulate_t<T>*>(temperatures), equal,
+                      static_cast<int>(M), static_cast<int>(N), static_cast<int>(C), static_cast<T*>(fused),
+                      static_cast<accumulate_t<T>*>(weights), stream);
   };
   const bool aligned = C % kVector<T> == 0 && is_vector_aligned(logits) && is_vector_aligned(fused);
   return aligned ? call(run<T, true>) : call(run<T, false>);
@@ -182,14 +190,14 @@ cudaError_t run(const void* logits, const uint8_t* present, int64_t M, int64_t N
 }  // namespace
 
 cudaError_t entropy_fusion(DType dtype, const void* logits, const uint8_t* present, int64_t M, int64_t N, int64_t C,
-                           void* fused, void* weights, cudaStream_t stream) {
+                           const void* temperatures, bool equal, void* fused, void* weights, cudaStream_t stream) {
   for (const int64_t size : {M, N, C}) {
     if (size < 0 || size > INT_MAX / 2) return cudaErrorInvalidValue;
   }
   if (M == 0 || C == 0) return cudaErrorInvalidValue;
   if (N == 0) return cudaSuccess;
   return for_type(dtype, [&](auto tag) {
-    return run<typename decltype(tag)::Type>(logits, present, M, N, C, fused, weights, stream);
+    return run<typename decltype(tag)::Type>(logits, present, temperatures, equal, M, N, C, fused, weights, stream);
   });
 }
 

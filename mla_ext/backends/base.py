@@ -69,5 +69,10 @@ class Backend(ABC):
             projection.count.zero_()
 
     @abstractmethod
-    def entropy_fusion(self, logits: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Fused logits (N, C) and weights (M, N) of logits (M, N, C)."""
+    def entropy_fusion(
+        self, logits: Tensor, present: Tensor | None, temperatures: Tensor | None, equal: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Fused logits (N, C) and weights (M, N) of logits (M, N, C), which are divided by temperatures (M,) first.
+
+        temperatures: in the accumulate dtype, on the device of logits. equal: present modalities weigh the same.
+        """

@@ -78,8 +78,10 @@ class Compiled(Backend):
         if projection.rows is not None and projection.base is not None:
             _settle_(projection.base, None, projection.rows, projection.count)
 
-    def entropy_fusion(self, logits: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
-        fused, weights = _entropy_fusion(logits, present)
+    def entropy_fusion(
+        self, logits: Tensor, present: Tensor | None, temperatures: Tensor | None, equal: bool
+    ) -> tuple[Tensor, Tensor]:
+        fused, weights = _entropy_fusion(logits, present, temperatures, equal)
         return fused, weights
 
 

@@ -59,5 +59,8 @@ class Reference(Backend):
             if old is not None and made is not None:
                 old.copy_(made if step.found_inf is None else torch.where(step.found_inf != 0, old, made))
 
-    def entropy_fusion(self, logits: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
-        return reference.entropy_fusion(logits, present)
+    def entropy_fusion(
+        self, logits: Tensor, present: Tensor | None, temperatures: Tensor | None, equal: bool
+    ) -> tuple[Tensor, Tensor]:
+        fusion = reference.calibrated_fusion if equal else reference.entropy_fusion
+        return fusion(logits, present, temperatures)

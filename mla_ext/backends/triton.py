@@ -60,10 +60,12 @@ class Triton(Backend):
             P.nu,
         )
 
-    def entropy_fusion(self, logits: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
+    def entropy_fusion(
+        self, logits: Tensor, present: Tensor | None, temperatures: Tensor | None, equal: bool
+    ) -> tuple[Tensor, Tensor]:
         from .. import triton_kernels
 
-        return triton_kernels.entropy_fusion(logits, present)
+        return triton_kernels.entropy_fusion(logits, present, temperatures, equal)
 
 
 @functools.cache

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops import entropy_fusion
+from ..ops import calibrated_fusion, entropy_fusion
 from .batches import Loader
 from .data import SPLITS, MultimodalData
 from .metrics import Score, score, score_classes
-from .model import MultimodalModel, Step, mode_of
+from .model import MultimodalModel, SharedHeadModel, Step, mode_of
 from .precision import Precision
 
 __all__ = [
@@ -39,7 +39,7 @@ class Prediction:
 
     unimodal: Tensor  # (M, N, C), zero where the sample lacks the modality
     present: Tensor  # bool (M, N)
-    fusions: dict[str, Tensor]  # (N, C) each: "mean" and "entropy", and "joint" if the model has such a prediction
+    fusions: dict[str, Tensor]  # (N, C) each: "mean", "entropy"; "calibrated", "joint" if the model has such
     weights: Tensor  # (M, N): 1 for the only modality of a sample, 0 for a missing one
 
 
@@ -77,8 +77,9 @@ def predict(
 ) -> Prediction:
     """Predict the samples `indices`, int64 (N,) with N >= 1, in evaluation mode; the model's mode is restored.
 
-    "mean" is the mean of the logits of the modalities present, "entropy" is `entropy_fusion` of them (eq. 7-9). It is
-    computed where the model is; `workers` and `amp` are as for `fit`.
+    "mean" is the mean of the logits of the modalities present, "entropy" is `entropy_fusion` of them (eq. 7-9),
+    "calibrated" is `calibrated_fusion` with the model's temperatures, if it has them (see `mla_ext.calibrate`).
+    It is computed where the model is; `workers` and `amp` are as for `fit`.
     """
     device = device_of(model)
     precision = Precision(amp, device)
@@ -174,8 +175,9 @@ def _predict(
     unimodal = torch.cat([b.unimodal for b in batches], dim=1)
     present = torch.cat([b.present for b in batches], dim=1)
     entropy, weights = entropy_fusion(unimodal, present)
-    mean = unimodal.sum(dim=0) / present.sum(dim=0).clamp(min=1).unsqueeze(-1)
-    fusions = {"mean": mean, "entropy": entropy}
+    fusions = {"mean": calibrated_fusion(unimodal, present)[0], "entropy": entropy}
+    if isinstance(model, SharedHeadModel):
+        fusions["calibrated"] = calibrated_fusion(unimodal, present, model.temperatures)[0]
     joint = [b.joint for b in batches if b.joint is not None]
     if joint:
         fusions["joint"] = torch.cat(joint)

@@ -114,13 +114,22 @@ class SharedHeadModel(MultimodalModel):
 
     Args: encoders, {modality: module}, features (N, s); head, the shared module (N, s) -> (N, C), an nn.Linear
     where a ProjectedSGD is to protect it.
+
+    temperatures (M,) is a buffer, ones until `mla_ext.calibrate` sets it. A state_dict without it loads with ones.
     """
+
+    temperatures: Tensor
 
     def __init__(self, encoders: Mapping[str, nn.Module], head: nn.Module) -> None:
         super().__init__(encoders)
         if not isinstance(head, nn.Module):
             raise TypeError(f"head: expected an nn.Module, got {type(head).__name__}")
         self.head = head
+        self.register_buffer("temperatures", torch.ones(len(self.modalities)))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        state_dict.setdefault(f"{prefix}temperatures", torch.ones_like(self.temperatures))  # saved before it existed
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, modality: str, x: Tensor) -> Tensor:
         """The modality's logits f_m(x): (N, ...) -> (N, C)."""

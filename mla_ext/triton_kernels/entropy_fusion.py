@@ -17,14 +17,17 @@ TILE = 512
 
 
 @triton.jit
-def load_logits(logits, m, samples, classes, N, C, mask, other, dtype: tl.constexpr):
-    """The tile (samples, classes) of modality m."""
+def load_logits(logits, temperatures, m, samples, classes, N, C, mask, other, dtype: tl.constexpr):
+    """The tile (samples, classes) of modality m, over its temperature."""
     rows = (m * N.to(tl.int64) + samples) * C
-    return tl.load(logits + rows[:, None] + classes[None, :], mask, other=other).to(dtype)
+    x = tl.load(logits + rows[:, None] + classes[None, :], mask, other=other).to(dtype)
+    if temperatures is not None:
+        x *= 1.0 / tl.load(temperatures + m)
+    return x
 
 
 @triton.jit
-def entropy_of(logits, m, samples, present, N, C, BLOCK_C: tl.constexpr, dtype: tl.constexpr):
+def entropy_of(logits, temperatures, m, samples, present, N, C, BLOCK_C: tl.constexpr, dtype: tl.constexpr):
     """log Σ e^(x−max) − Σ e^(x−max) (x−max) / Σ e^(x−max) of each row, in one pass over its classes."""
     maximum = tl.full(samples.shape, -float("inf"), dtype)
     total = tl.zeros(samples.shape, dtype)  # Σ e^(x−maximum)
@@ -32,7 +35,7 @@ def entropy_of(logits, m, samples, present, N, C, BLOCK_C: tl.constexpr, dtype: 
     for first in range(0, C, BLOCK_C):
         classes = first + tl.arange(0, BLOCK_C)
         mask = present[:, None] & (classes < C)[None, :]
-        x = load_logits(logits, m, samples, classes, N, C, mask, -float("inf"), dtype)
+        x = load_logits(logits, temperatures, m, samples, classes, N, C, mask, -float("inf"), dtype)
         larger = tl.maximum(maximum, tl.max(x, axis=1))
         # Sums of nothing stay 0, whatever the old maximum was; −∞ − (−∞) must not make them NaN.
         # At −10⁴ the scale is 0; without that bound a shift of −∞ times it is NaN.
@@ -52,11 +55,13 @@ def entropy_of(logits, m, samples, present, N, C, BLOCK_C: tl.constexpr, dtype: 
 def entropy_fusion_kernel(
     logits,
     present,
+    temperatures,
     fused,
     weights,
     M,
     N,
     C,
+    EQUAL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -70,15 +75,18 @@ def entropy_fusion_kernel(
     here = inside
     if present is not None:
         here = inside & (tl.load(present + pairs, inside, other=0) != 0)
-    entropies = tl.full((BLOCK_N, BLOCK_M), float("inf"), dtype)
-    for m in range(M):
-        chosen = (modalities == m)[None, :] & here
-        has_m = tl.max(chosen.to(tl.int32), axis=1) > 0
-        entropy = entropy_of(logits, m, samples, has_m, N, C, BLOCK_C, dtype)
-        entropies = tl.where(chosen, entropy[:, None], entropies)
+    if EQUAL:
+        certainty = here.to(dtype)
+    else:
+        entropies = tl.full((BLOCK_N, BLOCK_M), float("inf"), dtype)
+        for m in range(M):
+            chosen = (modalities == m)[None, :] & here
+            has_m = tl.max(chosen.to(tl.int32), axis=1) > 0
+            entropy = entropy_of(logits, temperatures, m, samples, has_m, N, C, BLOCK_C, dtype)
+            entropies = tl.where(chosen, entropy[:, None], entropies)
+        certainty = tl.where(here, tl.exp(tl.min(entropies, axis=1)[:, None] - entropies), 0.0)
 
-    # λ = softmax(−entropy) over the modalities that are there; 0 for all where none is.
-    certainty = tl.where(here, tl.exp(tl.min(entropies, axis=1)[:, None] - entropies), 0.0)
+    # λ = softmax(−entropy), or equal, over the modalities that are there; 0 for all where none is.
     total = tl.sum(certainty, axis=1)[:, None]
     own_weights = tl.where(here, certainty / tl.where(total == 0, 1.0, total), 0.0)
     tl.store(weights + pairs, own_weights, inside)
@@ -90,13 +98,15 @@ def entropy_fusion_kernel(
             chosen = (modalities == m)[None, :] & here
             has_m = tl.max(chosen.to(tl.int32), axis=1) > 0
             mask = has_m[:, None] & (classes < C)[None, :]
-            x = load_logits(logits, m, samples, classes, N, C, mask, 0.0, dtype)
+            x = load_logits(logits, temperatures, m, samples, classes, N, C, mask, 0.0, dtype)
             sums += tl.sum(tl.where(chosen, own_weights, 0.0), axis=1)[:, None] * x
         mask = (samples < N)[:, None] & (classes < C)[None, :]
         tl.store(fused + samples[:, None] * C + classes[None, :], sums, mask)
 
 
-def entropy_fusion(logits: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
+def entropy_fusion(
+    logits: Tensor, present: Tensor | None, temperatures: Tensor | None = None, equal: bool = False
+) -> tuple[Tensor, Tensor]:
     M, N, C = logits.shape
     fused = torch.empty((N, C), dtype=logits.dtype, device=logits.device)
     weights = torch.empty((M, N), dtype=accumulate_dtype(logits.dtype), device=logits.device)
@@ -107,6 +117,17 @@ def entropy_fusion(logits: Tensor, present: Tensor | None) -> tuple[Tensor, Tens
     BLOCK_N = min(TILE // BLOCK_C, 32)
     with on(logits.device):
         entropy_fusion_kernel[(triton.cdiv(N, BLOCK_N),)](
-            logits, present, fused, weights, M, N, C, triton.next_power_of_2(M), BLOCK_N, BLOCK_C
+            logits,
+            present,
+            temperatures,
+            fused,
+            weights,
+            M,
+            N,
+            C,
+            equal,
+            triton.next_power_of_2(M),
+            BLOCK_N,
+            BLOCK_C,
         )
     return fused, weights

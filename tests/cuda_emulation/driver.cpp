@@ -138,7 +138,8 @@ cudaError_t call(int64_t operation, const std::vector<int64_t>& n, const std::ve
     case kHeadStep:
       return head_steps(n, x, a);
     case kEntropyFusion:
-      return entropy_fusion(dtype, a[0].data, a[1].data, n[1], n[2], n[3], a[2].data, a[3].data, nullptr);
+      return entropy_fusion(dtype, a[0].data, a[1].data, n[1], n[2], n[3], a[4].data, n[4] != 0, a[2].data, a[3].data,
+                            nullptr);
   }
   return cudaErrorInvalidValue;
 }

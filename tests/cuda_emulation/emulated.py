@@ -70,13 +70,15 @@ class Emulated(Backend):
         written = [step.weight, step.momentum_buffer, P.base, step.step]
         call_(harness.HEAD_STEP, integers, reals, [*written, *read, P.rows, P.beta, P.count, P.nu])
 
-    def entropy_fusion(self, logits: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
+    def entropy_fusion(
+        self, logits: Tensor, present: Tensor | None, temperatures: Tensor | None, equal: bool
+    ) -> tuple[Tensor, Tensor]:
         M, N, C = logits.shape
         fused = logits.new_empty(N, C)
         weights = logits.new_empty(M, N, dtype=accumulate_dtype(logits.dtype))
         mask = None if present is None else present.to(torch.uint8)
-        integers = [harness.DTYPES[logits.dtype], M, N, C]
-        call_(harness.ENTROPY_FUSION, integers, [], [logits, mask, fused, weights])
+        integers = [harness.DTYPES[logits.dtype], M, N, C, equal]
+        call_(harness.ENTROPY_FUSION, integers, [], [logits, mask, fused, weights, temperatures])
         return fused, weights
 
 

@@ -50,7 +50,7 @@ void head_step(const HeadStep& step, const void* projected_grad) {
 
 void entropy_fusion(DType dtype, const EntropyFusion& f) {
   expect_success(cuda::entropy_fusion(dtype, f.logits, reinterpret_cast<const uint8_t*>(f.present), f.M, f.N, f.C,
-                                      f.fused, f.weights, nullptr));
+                                      f.temperatures, f.equal, f.fused, f.weights, nullptr));
 }
 
 }  // namespace fuzz
