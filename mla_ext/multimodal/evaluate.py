@@ -14,12 +14,13 @@ from ..ops import calibrated_fusion, entropy_fusion
 from .batches import Loader
 from .data import SPLITS, MultimodalData
 from .metrics import Score, score, score_classes
-from .model import MultimodalModel, SharedHeadModel, Step, mode_of
+from .model import FUSIONS, MultimodalModel, SharedHeadModel, Step, mode_of
 from .precision import Precision
 
 __all__ = [
     "Prediction",
     "Report",
+    "check_fusion",
     "check_model_and_data",
     "check_positive",
     "check_workers",
@@ -28,6 +29,7 @@ __all__ = [
     "modality_scores",
     "predict",
     "score_split",
+    "standing",
 ]
 
 
@@ -46,8 +48,8 @@ class Report:
     """How good a model is on one split.
 
     modalities: each modality alone, on the samples that have it (one that no sample has is left out); fusions: as in
-    `Prediction`, on the samples that have any; fused: the fusion that stands for the model, "joint" if it has one,
-    else "entropy"; loss: the mean cross entropy of that fusion.
+    `Prediction`, on the samples that have any; fused: the fusion that stands for the model (see
+    `evaluate`); loss: the mean cross entropy of that fusion.
     """
 
     split: str
@@ -91,10 +93,14 @@ def evaluate(
     split: str = "test",
     batch_size: int = 512,
     *,
+    fusion: str = "auto",
     workers: int = 0,
     amp: str | None = None,
 ) -> Report:
     """Score the model on a split ("train", "validation" or "test") of `data`. Changes nothing about the model.
+
+    fusion: which one stands for the model: "mean", "entropy", "calibrated", or "auto": "joint" if the model has it, the
+    one that `mla_ext.calibrate` chose, or else "entropy". ValueError for one that the model does not have.
 
     It is computed where the model is, and the host waits once for what comes of it; `workers` and `amp` are as for
     `fit`.
@@ -102,15 +108,23 @@ def evaluate(
     if split not in SPLITS:
         raise ValueError(f"split: expected one of {SPLITS}, got {split!r}")
     check_model_and_data(model, data)
+    check_fusion(model, fusion)
     check_positive("batch_size", batch_size)
     check_workers(workers)
     device = device_of(model)
     precision = Precision(amp, device)
     with Loader(data, device, workers) as loader:
-        return score_split(model, loader, split, batch_size, precision)
+        return score_split(model, loader, split, batch_size, precision, fusion)
 
 
-def score_split(model: MultimodalModel, loader: Loader, split: str, batch_size: int, precision: Precision) -> Report:
+def score_split(
+    model: MultimodalModel,
+    loader: Loader,
+    split: str,
+    batch_size: int,
+    precision: Precision,
+    fusion: str = "auto",
+) -> Report:
     """`evaluate`, of data that a loader reads."""
     data = loader.data
     indices = data.indices(split)
@@ -120,12 +134,15 @@ def score_split(model: MultimodalModel, loader: Loader, split: str, batch_size: 
         raise ValueError(f"split: expected one with samples, got {split!r}, which has none")
     prediction = _predict(model, loader, indices, batch_size, precision)
     labels = data.labels[indices]
-    fused = "joint" if "joint" in prediction.fusions else "entropy"
-    loss = F.cross_entropy(prediction.fusions[fused], labels.to(prediction.weights.device, non_blocking=True)).double()
+    there = labels.to(prediction.weights.device, non_blocking=True)
+    losses = [F.cross_entropy(values, there).double().reshape(1) for values in prediction.fusions.values()]
+    chosen = model.fusion_index.reshape(1) if isinstance(model, SharedHeadModel) else there[:0]
     logits = [*prediction.unimodal, *prediction.fusions.values()]
     # One copy to the host. Classes are exact in float64.
-    host = torch.cat([*(values.argmax(dim=-1).double() for values in logits), loss.reshape(1)]).cpu()
-    classes = host[:-1].long().reshape(len(logits), len(indices))
+    host = torch.cat([*(values.argmax(dim=-1).double() for values in logits), *losses, chosen.double()]).cpu()
+    size = len(logits) * len(indices)
+    classes = host[:size].long().reshape(len(logits), len(indices))
+    fused = standing(prediction, FUSIONS[int(host[-1])] if len(chosen) else "entropy") if fusion == "auto" else fusion
     alone, fusions = classes[: len(present)], classes[len(present) :]
     rows = zip(model.modalities, alone, present, strict=True)
     return Report(
@@ -133,7 +150,7 @@ def score_split(model: MultimodalModel, loader: Loader, split: str, batch_size: 
         {m: score_classes(row[having], labels[having]) for m, row, having in rows if having.any()},
         {name: score_classes(row, labels) for name, row in zip(prediction.fusions, fusions, strict=True)},
         fused,
-        host[-1].item(),
+        host[size + list(prediction.fusions).index(fused)].item(),
     )
 
 
@@ -160,6 +177,17 @@ def modality_scores(modalities: Sequence[str], prediction: Prediction, labels: T
     """Each modality alone, on the samples that have it; one that no sample has is left out. labels: int64 (N,)."""
     rows = zip(modalities, prediction.unimodal, prediction.present, strict=True)
     return {m: score(logits[present], labels[present]) for m, logits, present in rows if present.any()}
+
+
+def standing(prediction: Prediction, chosen: str) -> str:
+    """The fusion that stands for a model which chose this one: "joint" if there is one."""
+    return "joint" if "joint" in prediction.fusions else chosen
+
+
+def check_fusion(model: MultimodalModel, fusion: str) -> None:
+    expected = ("auto", *(FUSIONS if isinstance(model, SharedHeadModel) else FUSIONS[:2]))
+    if fusion not in expected:
+        raise ValueError(f"fusion: expected one of {expected} for a {type(model).__name__}, got {fusion!r}")
 
 
 def check_model_and_data(model: MultimodalModel, data: MultimodalData) -> None:
