@@ -229,3 +229,26 @@ def test_demo_names_the_missing_extra(capsys, monkeypatch, tmp_path, module):
     monkeypatch.setitem(sys.modules, module, None)
     assert "pip install" in error(capsys, "demo", "--out", tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_a_run_keeps_its_temperatures_and_its_fusion(file, tmp_path, capsys):
+    out = tmp_path / "run"
+    options = ["--data", file, "--epochs", "1", "--width", "8", "--out", str(out), "--missing", "0.2"]
+    assert cli.main(["train", *options]) == 0
+    report = json.loads((out / "report.json").read_text())
+    best = checkpoint.load(out / "last.pt")["best"]["model"]
+    assert list(report["temperatures"].values()) == best["temperatures"].tolist() != [1.0] * len(best["temperatures"])
+    assert report["test"]["fused"] == FUSIONS[best["fusion_index"]]
+    capsys.readouterr()
+    for fusion in ("auto", "mean"):
+        chosen = report["test"]["fused"] if fusion == "auto" else fusion
+        evaluate = ["evaluate", "--data", file, "--run", str(out), "--fusion", fusion]
+        assert cli.main(evaluate) == 0
+        printed = capsys.readouterr().out
+        assert f"mla, fused: {chosen}, " in printed
+        assert f"{report['reliability']['fused']['after']['ece']:.2%}\n" in printed
+        predict = ["predict", *evaluate[1:], "--out", str(tmp_path / "found.csv")]
+        assert cli.main(predict) == 0
+        assert f"fused accuracy {report['test']['fusions'][chosen]['accuracy']:.2%}" in capsys.readouterr().out
+    assert cli.main(["train", *options, "--resume"]) == 0  # nothing is left to do; the same again
+    assert json.loads((out / "report.json").read_text()) == report

@@ -90,7 +90,7 @@ def test_refusals(tmp_path, capsys, file, run):
 
 def test_pictures_of_runs(tmp_path, capsys, run):
     drawn = {path.name: path.read_bytes() for path in run.glob("*.png")}
-    assert set(drawn) == {"training.png", "confusion.png"}
+    assert set(drawn) == {"training.png", "confusion.png", "reliability.png"}
     for name in drawn:
         (run / name).unlink()
     assert cli.main(["plot", str(run), str(run), "--out", str(tmp_path / "new" / "both.png")]) == 2  # one run only

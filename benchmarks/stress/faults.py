@@ -36,8 +36,8 @@ from ..machine import machine
 
 EPOCHS = 12
 TEXTS = ["config.toml", "metrics.jsonl", "predictions.csv", "report.json"]
-FILES = sorted([*TEXTS, "last.pt", "training.png", "confusion.png"])
-AT_THE_END = ("report.json", "predictions.csv", "training.png", "confusion.png")  # written
+FILES = sorted([*TEXTS, "last.pt", "training.png", "confusion.png", "reliability.png"])
+AT_THE_END = ("report.json", "predictions.csv", "training.png", "confusion.png", "reliability.png")  # written
 
 
 def write_data(path: Path) -> Path:

@@ -9,12 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
+from ..ops import calibrated_fusion
 from .data import MultimodalData
-from .evaluate import check_model_and_data, check_positive, check_workers, predict
-from .model import MultimodalModel, SharedHeadModel
+from .evaluate import Prediction, check_model_and_data, check_positive, check_workers, predict
+from .model import FUSIONS, MultimodalModel, SharedHeadModel
 
 __all__ = ["calibrate"]
 
+PREFERRED = ("entropy", "calibrated", "mean")
 LIMIT = math.log(100.0)  # of |log T|: on a split without errors the best T is 0
 
 
@@ -29,8 +31,11 @@ def calibrate(
     """Temperatures (M,), float32 on the CPU, that minimise the cross entropy of `calibrated_fusion` on validation.
 
     L-BFGS over log T, with T between 1/100 and 100. All ones if that is no better than T = 1 on that split. A modality
-    that no sample there has keeps T = 1. A `SharedHeadModel` keeps the result as its buffer `temperatures`; nothing
-    else about the model changes. Other arguments are as of `predict`.
+    that no sample there has keeps T = 1. They make the fused probabilities right, not those of one modality alone.
+
+    A `SharedHeadModel` keeps the result as its buffer `temperatures`, and as `fusion` the one with the highest accuracy
+    on that split (of equal ones "entropy", then "calibrated"). Nothing else about the model changes. Other arguments
+    are as of `predict`.
 
     ValueError if the validation split has no samples.
     """
@@ -47,7 +52,16 @@ def calibrate(
     if isinstance(model, SharedHeadModel):
         with torch.no_grad():
             model.temperatures.copy_(temperatures)
+            model.fusion_index.fill_(FUSIONS.index(_best(model, prediction, data.labels[indices])))
     return temperatures
+
+
+def _best(model: SharedHeadModel, prediction: Prediction, labels: Tensor) -> str:
+    """The fusion with the highest accuracy."""
+    calibrated, _ = calibrated_fusion(prediction.unimodal, prediction.present, model.temperatures)
+    fusions = prediction.fusions | {"calibrated": calibrated}
+    right = {name: int((fusions[name].argmax(dim=-1).cpu() == labels).sum()) for name in PREFERRED}
+    return max(right, key=right.__getitem__)  # the first of equal ones
 
 
 def _fitted(logits: Tensor, present: Tensor, labels: Tensor) -> Tensor:

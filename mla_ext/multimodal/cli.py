@@ -12,6 +12,7 @@ import torch
 
 from . import commands, config, parallel
 from .data import SPLITS
+from .model import FUSIONS
 from .options import DEVICE, EPOCHS, GROUPS, PROGRESS, SEED, WORKERS, Option, add
 
 __all__ = ["main"]
@@ -93,6 +94,8 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--run", required=True, type=Path, metavar="DIR", dest="run_directory", help="its --out")
         splits = SPLITS if name == "evaluate" else (*SPLITS, "all")
         add(sub, Option("split", "whose samples", {"choices": splits, "default": "test"}), DEVICE, WORKERS)
+        fusions = {"choices": ("auto", *FUSIONS), "default": "auto"}
+        add(sub, Option("fusion", "what stands for the model; auto: what was best on the validation split", fusions))
         if name == "predict":
             sub.add_argument("--out", required=True, type=Path, metavar="FILE", help="ends in .csv or .npz")
 

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +16,23 @@ from torch import nn
 from ..info import build_info
 from . import checkpoint, config, parallel, plots
 from . import predict as predictions
+from .calibration import calibrate
 from .data import MultimodalData, digits
 from .encoders import default_width
 from .evaluate import Report, evaluate
 from .files import load
 from .fit import CHECKPOINT, METRICS, fit
 from .library import is_library, untrained
-from .model import MultimodalModel
+from .metrics import Reliability
+from .model import MultimodalModel, SharedHeadModel
 from .options import GROUPS, settings_of
 from .recipe import Settings, build, build_scheduler, standardized
+from .reliability import FUSED, reliability_of
 
 __all__ = ["REPORT", "demo", "evaluate_run", "info", "plot", "predict", "table", "train"]
 
 REPORT, PREDICTIONS = "report.json", "predictions.csv"
-TRAINING, CONFUSION = "training.png", "confusion.png"
+TRAINING, CONFUSION, RELIABILITY = "training.png", "confusion.png", "reliability.png"
 
 
 def train(arguments: argparse.Namespace) -> None:
@@ -81,13 +84,24 @@ def train(arguments: argparse.Namespace) -> None:
     if not parallel.is_main():
         return
     best = max(record["epoch"] for record in history if record["best"])
+    if isinstance(model, SharedHeadModel):
+        calibrate(model, data, workers=arguments.workers, amp=settings.amp)
+        if out is not None:
+            _keep(model, out / CHECKPOINT)
     report = evaluate(model, data, "test", workers=arguments.workers, amp=settings.amp)
+    reliable = reliability_of(model, data, "test", workers=arguments.workers, amp=settings.amp)
     chosen = f"epoch {best} of {len(history)} (best on the validation split)"
-    print(f"{settings.method}, {chosen}, trained on {arguments.device}, test split:")
-    print(table(report))
+    print(f"{settings.method}, fused: {report.fused}, {chosen}, trained on {arguments.device}, test split:")
+    print(table(report, reliable))
     if out is not None:
         checkpoint.write_text(out / config.CONFIG, written)
         content = {"method": settings.method, "best_epoch": best, "epochs": len(history), "test": report.as_dict()}
+        if isinstance(model, SharedHeadModel):
+            content["temperatures"] = dict(zip(model.modalities, model.temperatures.tolist(), strict=True))
+        content["reliability"] = {
+            name: {when: dataclasses.asdict(curve) for when, curve in curves.items()}
+            for name, curves in reliable.items()
+        }
         checkpoint.write_text(out / REPORT, json.dumps(content, indent=2) + "\n")
         found = predictions.predict_split(model, data, "test", workers=arguments.workers, amp=settings.amp)
         predictions.write(found, out / PREDICTIONS)
@@ -98,15 +112,22 @@ def train(arguments: argparse.Namespace) -> None:
 
 def evaluate_run(arguments: argparse.Namespace) -> None:
     settings, model, data, epoch = _trained(arguments)
-    print(f"{settings.method}, epoch {epoch} (best on the validation split), {arguments.split} split:")
-    print(table(evaluate(model, data, arguments.split, workers=arguments.workers, amp=settings.amp)))
+    report = evaluate(
+        model, data, arguments.split, fusion=arguments.fusion, workers=arguments.workers, amp=settings.amp
+    )
+    reliable = reliability_of(model, data, arguments.split, workers=arguments.workers, amp=settings.amp)
+    chosen = f"epoch {epoch} (best on the validation split)"
+    print(f"{settings.method}, fused: {report.fused}, {chosen}, {arguments.split} split:")
+    print(table(report, reliable))
 
 
 def predict(arguments: argparse.Namespace) -> None:
     if arguments.out.suffix not in (".csv", ".npz"):
         raise ValueError(f"--out: expected a file that ends in .csv or .npz, got {arguments.out}")
     settings, model, data, _ = _trained(arguments)
-    found = predictions.predict_split(model, data, arguments.split, workers=arguments.workers, amp=settings.amp)
+    found = predictions.predict_split(
+        model, data, arguments.split, fusion=arguments.fusion, workers=arguments.workers, amp=settings.amp
+    )
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     predictions.write(found, arguments.out)
     right = (found.fused_class == found.label).double().mean().item()
@@ -142,13 +163,22 @@ def demo(arguments: argparse.Namespace) -> None:
     demo(arguments.out, epochs=arguments.epochs, seed=arguments.seed, progress=arguments.progress)
 
 
-def table(report: Report) -> str:
-    """The report as aligned text: accuracy and macro F1 of each modality and of each fusion."""
+def table(report: Report, reliable: Mapping[str, Mapping[str, Reliability]]) -> str:
+    """The report as aligned text: accuracy and macro F1 of each modality and of each fusion, and what is known of ECE.
+
+    Of a modality the ECE is that before the temperatures, and after them.
+    """
+    errors = {name: [curve.ece for curve in curves.values()] for name, curves in reliable.items()}
+    fused = errors.pop(FUSED)
+    errors |= {"mean fusion": fused[:1], "calibrated fusion": fused[1:]} if len(fused) > 1 else {"joint": fused}
     rows = [*report.modalities.items()]
     rows += [(name if name == "joint" else f"{name} fusion", score) for name, score in report.fusions.items()]
     width = max(len(name) for name, _ in rows)
-    lines = [f"{'':<{width}}  accuracy   macro F1   samples"]
-    lines += [f"{n:<{width}}  {s.accuracy:>7.2%}    {s.macro_f1:>7.2%}   {s.samples:>7}" for n, s in rows]
+    lines = [f"{'':<{width}}  accuracy   macro F1   samples   ECE"]
+    for name, s in rows:
+        ece = ", ".join(f"{error:.2%}" for error in errors.get(name, []))
+        line = f"{name:<{width}}  {s.accuracy:>7.2%}    {s.macro_f1:>7.2%}   {s.samples:>7}   {ece}"
+        lines.append(line.rstrip())
     return "\n".join(lines)
 
 
@@ -200,6 +230,13 @@ def _trained(arguments: argparse.Namespace) -> tuple[Settings, MultimodalModel, 
     return settings, model.to(arguments.device), data, best["epoch"]
 
 
+def _keep(model: SharedHeadModel, path: Path) -> None:
+    """Put the temperatures and the choice of a fusion beside the best epoch's weights in the checkpoint."""
+    content = checkpoint.load(path)
+    content["best"]["model"] |= {name: value.cpu() for name, value in model.named_buffers(recurse=False)}
+    checkpoint.save(path, content)
+
+
 def _without_weights(settings: Settings) -> Settings:
     """The same encoders, which need no weights of a library, as the checkpoint has them all."""
 
@@ -226,6 +263,10 @@ def _draw(run: Path) -> list[Path]:
     if (run / PREDICTIONS).exists():
         labels, found = predictions.read_classes(run / PREDICTIONS)
         drawn.append((CONFUSION, plots.draw_confusion(labels, found, f"{run.name}: test split, fused")))
+    if (run / REPORT).exists():
+        curves = json.loads((run / REPORT).read_text()).get("reliability")
+        if curves:
+            drawn.append((RELIABILITY, plots.draw_reliability(curves, f"{run.name}: test split")))
     for name, figure in drawn:
         plots.save(figure, run / name)
     return [run / name for name, _ in drawn]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,13 +14,14 @@ from ..ops import calibrated_fusion, entropy_fusion
 from .batches import Loader
 from .data import SPLITS, MultimodalData
 from .metrics import Score, score, score_classes
-from .model import MultimodalModel, SharedHeadModel, Step, mode_of
+from .model import FUSIONS, MultimodalModel, SharedHeadModel, Step, mode_of
 from .precision import Precision
 
 __all__ = [
     "Prediction",
     "Report",
     "Scoring",
+    "check_fusion",
     "check_model_and_data",
     "check_positive",
     "check_workers",
@@ -29,6 +30,7 @@ __all__ = [
     "modality_scores",
     "predict",
     "score_split",
+    "standing",
     "start_scoring",
 ]
 
@@ -48,8 +50,8 @@ class Report:
     """How good a model is on one split.
 
     modalities: each modality alone, on the samples that have it (one that no sample has is left out); fusions: as in
-    `Prediction`, on the samples that have any; fused: the fusion that stands for the model, "joint" if it has one,
-    else "entropy"; loss: the mean cross entropy of that fusion.
+    `Prediction`, on the samples that have any; fused: the fusion that stands for the model (see
+    `evaluate`); loss: the mean cross entropy of that fusion.
     """
 
     split: str
@@ -93,10 +95,14 @@ def evaluate(
     split: str = "test",
     batch_size: int = 512,
     *,
+    fusion: str = "auto",
     workers: int = 0,
     amp: str | None = None,
 ) -> Report:
     """Score the model on a split ("train", "validation" or "test") of `data`. Changes nothing about the model.
+
+    fusion: which one stands for the model: "mean", "entropy", "calibrated", or "auto": "joint" if the model has it, the
+    one that `mla_ext.calibrate` chose, or else "entropy". ValueError for one that the model does not have.
 
     It is computed where the model is, and the host waits once for what comes of it; `workers` and `amp` are as for
     `fit`.
@@ -104,17 +110,25 @@ def evaluate(
     if split not in SPLITS:
         raise ValueError(f"split: expected one of {SPLITS}, got {split!r}")
     check_model_and_data(model, data)
+    check_fusion(model, fusion)
     check_positive("batch_size", batch_size)
     check_workers(workers)
     device = device_of(model)
     precision = Precision(amp, device)
     with Loader(data, device, workers) as loader:
-        return score_split(model, loader, split, batch_size, precision)
+        return score_split(model, loader, split, batch_size, precision, fusion)
 
 
-def score_split(model: MultimodalModel, loader: Loader, split: str, batch_size: int, precision: Precision) -> Report:
+def score_split(
+    model: MultimodalModel,
+    loader: Loader,
+    split: str,
+    batch_size: int,
+    precision: Precision,
+    fusion: str = "auto",
+) -> Report:
     """`evaluate`, of data that a loader reads."""
-    scoring = start_scoring(model, loader, split, batch_size, precision)
+    scoring = start_scoring(model, loader, split, batch_size, precision, fusion)
     return scoring.report(scoring.numbers.cpu())
 
 
@@ -122,13 +136,14 @@ def score_split(model: MultimodalModel, loader: Loader, split: str, batch_size: 
 class Scoring:
     """A split that is predicted but not scored: `report` needs `numbers` on the host, which the device may yet compute.
 
-    numbers: float64, the predicted classes (exact), one row of samples for each modality and fusion, and then the loss.
+    numbers: float64, the predicted classes (exact), a row of samples for each modality and fusion; then the loss of
+    each fusion; then, of a model that has one, the index of its `fusion`.
     """
 
     split: str
     modalities: tuple[str, ...]
     fusions: tuple[str, ...]
-    fused: str
+    fusion: str  # as for `evaluate`
     present: Tensor  # bool (M, N), on the host
     labels: Tensor  # int64 (N,), on the host
     numbers: Tensor
@@ -136,19 +151,31 @@ class Scoring:
     def report(self, host: Tensor) -> Report:
         """The scores. `host` is a copy of `numbers`."""
         labels, present = self.labels, self.present
-        classes = host[:-1].long().reshape(-1, len(labels))
+        count = len(present) + len(self.fusions)
+        size = count * len(labels)
+        classes, losses = host[:size].long().reshape(count, len(labels)), host[size:]
+        own = losses[len(self.fusions) :].tolist()
+        fused = standing(self.fusions, FUSIONS[int(own[0])] if own else "entropy")
+        fused = fused if self.fusion == "auto" else self.fusion
         rows = zip(self.modalities, classes[: len(present)], present, strict=True)
         fusions = zip(self.fusions, classes[len(present) :], strict=True)
         return Report(
             self.split,
             {m: score_classes(row[having], labels[having]) for m, row, having in rows if having.any()},
             {name: score_classes(row, labels) for name, row in fusions},
-            self.fused,
-            host[-1].item(),
+            fused,
+            losses[self.fusions.index(fused)].item(),
         )
 
 
-def start_scoring(model: MultimodalModel, loader: Loader, split: str, batch_size: int, precision: Precision) -> Scoring:
+def start_scoring(
+    model: MultimodalModel,
+    loader: Loader,
+    split: str,
+    batch_size: int,
+    precision: Precision,
+    fusion: str = "auto",
+) -> Scoring:
     """Predict a split. The host does not wait for the device."""
     data = loader.data
     indices = data.indices(split)
@@ -158,11 +185,12 @@ def start_scoring(model: MultimodalModel, loader: Loader, split: str, batch_size
         raise ValueError(f"split: expected one with samples, got {split!r}, which has none")
     prediction = _predict(model, loader, indices, batch_size, precision)
     labels = data.labels[indices]
-    fused = "joint" if "joint" in prediction.fusions else "entropy"
-    loss = F.cross_entropy(prediction.fusions[fused], labels.to(prediction.weights.device, non_blocking=True)).double()
-    classes = [logits.argmax(dim=-1).double() for logits in (*prediction.unimodal, *prediction.fusions.values())]
-    numbers = torch.cat([*classes, loss.reshape(1)])
-    return Scoring(split, tuple(model.modalities), tuple(prediction.fusions), fused, present, labels, numbers)
+    there = labels.to(prediction.weights.device, non_blocking=True)
+    logits = [*prediction.unimodal, *prediction.fusions.values()]
+    losses = [F.cross_entropy(values, there).double().reshape(1) for values in prediction.fusions.values()]
+    chosen = [model.fusion_index.double().reshape(1)] if isinstance(model, SharedHeadModel) else []
+    numbers = torch.cat([*(values.argmax(dim=-1).double() for values in logits), *losses, *chosen])
+    return Scoring(split, tuple(model.modalities), tuple(prediction.fusions), fusion, present, labels, numbers)
 
 
 @torch.no_grad()
@@ -188,6 +216,17 @@ def modality_scores(modalities: Sequence[str], prediction: Prediction, labels: T
     """Each modality alone, on the samples that have it; one that no sample has is left out. labels: int64 (N,)."""
     rows = zip(modalities, prediction.unimodal, prediction.present, strict=True)
     return {m: score(logits[present], labels[present]) for m, logits, present in rows if present.any()}
+
+
+def standing(fusions: Iterable[str], chosen: str) -> str:
+    """The one of a prediction's fusions that stands for a model which chose this one: "joint" if there is one."""
+    return "joint" if "joint" in fusions else chosen
+
+
+def check_fusion(model: MultimodalModel, fusion: str) -> None:
+    expected = ("auto", *(FUSIONS if isinstance(model, SharedHeadModel) else FUSIONS[:2]))
+    if fusion not in expected:
+        raise ValueError(f"fusion: expected one of {expected} for a {type(model).__name__}, got {fusion!r}")
 
 
 def check_model_and_data(model: MultimodalModel, data: MultimodalData) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .data import MultimodalData
 
 __all__ = [
+    "FUSIONS",
     "ORDERS",
     "ConcatModel",
     "Criterion",
@@ -32,6 +33,7 @@ __all__ = [
     "shuffled_batches",
 ]
 
+FUSIONS = ("mean", "entropy", "calibrated")  # of the logits of a SharedHeadModel
 ORDERS = ("given", "reversed", "random")
 
 
@@ -115,10 +117,12 @@ class SharedHeadModel(MultimodalModel):
     Args: encoders, {modality: module}, features (N, s); head, the shared module (N, s) -> (N, C), an nn.Linear
     where a ProjectedSGD is to protect it.
 
-    temperatures (M,) is a buffer, ones until `mla_ext.calibrate` sets it. A state_dict without it loads with ones.
+    temperatures (M,) and the fusion that stands for the model are buffers: ones and "entropy" until `mla_ext.calibrate`
+    sets them, and where a state_dict lacks them.
     """
 
     temperatures: Tensor
+    fusion_index: Tensor  # int64, 0-d: a place in FUSIONS
 
     def __init__(self, encoders: Mapping[str, nn.Module], head: nn.Module) -> None:
         super().__init__(encoders)
@@ -126,9 +130,21 @@ class SharedHeadModel(MultimodalModel):
             raise TypeError(f"head: expected an nn.Module, got {type(head).__name__}")
         self.head = head
         self.register_buffer("temperatures", torch.ones(len(self.modalities)))
+        self.register_buffer("fusion_index", torch.tensor(FUSIONS.index("entropy")))
+
+    @property
+    def fusion(self) -> str:
+        """The fusion that stands for the model."""
+        return FUSIONS[int(self.fusion_index)]
+
+    def complete(self, state_dict: dict[str, Any], prefix: str = "") -> None:
+        """Give a state_dict of before `calibrate` existed what it lacks."""
+        state_dict.setdefault(f"{prefix}temperatures", torch.ones_like(self.temperatures))
+        entropy = torch.full_like(self.fusion_index, FUSIONS.index("entropy"))
+        state_dict.setdefault(f"{prefix}fusion_index", entropy)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        state_dict.setdefault(f"{prefix}temperatures", torch.ones_like(self.temperatures))  # saved before it existed
+        self.complete(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, modality: str, x: Tensor) -> Tensor:

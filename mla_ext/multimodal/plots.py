@@ -8,7 +8,17 @@ from typing import Any
 
 from . import checkpoint
 
-__all__ = ["COLORS", "MUTED", "STRONG", "canvas", "draw_confusion", "draw_runs", "draw_training", "save"]
+__all__ = [
+    "COLORS",
+    "MUTED",
+    "STRONG",
+    "canvas",
+    "draw_confusion",
+    "draw_reliability",
+    "draw_runs",
+    "draw_training",
+    "save",
+]
 
 COLORS = ("#2a6f97", "#d1495b", "#66a182", "#edae49", "#6d597a", "#8d99ae")
 MUTED, STRONG = "#a8b3bd", "#1d1d1f"
@@ -94,6 +104,25 @@ def draw_confusion(labels: Sequence[str], predicted: Sequence[str], title: str) 
                 color = "white" if shares[i][j] > 0.5 else STRONG
                 if count:
                     ax.text(j, i, str(count), ha="center", va="center", color=color, fontsize=8)
+    return figure
+
+
+def draw_reliability(found: Mapping[str, Mapping[str, Record]], title: str) -> Any:
+    """A panel for each modality and the fusion: accuracy over confidence, before and after the temperatures."""
+    figure, axes = canvas(1, len(found), 3.4, 3.6)
+    figure.suptitle(title)
+    for ax, (name, curves) in zip(axes[0], found.items(), strict=True):
+        ax.plot([0, 1], [0, 1], color=MUTED, linewidth=0.8, linestyle="--")
+        for (when, curve), color in zip(curves.items(), (COLORS[1], COLORS[0]), strict=False):
+            rows = zip(curve["samples"], curve["confidence"], curve["accuracy"], strict=True)
+            points = [row for row in rows if row[0] > 0]
+            counts, confidence, accuracy = zip(*points, strict=True)
+            ax.plot(confidence, accuracy, color=color, linewidth=1, label=f"{when}, ECE {curve['ece']:.1%}")
+            areas = [6 + 90 * count / sum(counts) for count in counts]  # of the share of the samples in the bin
+            ax.scatter(confidence, accuracy, areas, color=color, alpha=0.7)
+        ax.set(title=name, xlim=(0, 1.02), ylim=(-0.02, 1.02), xlabel="confidence")
+        ax.legend(fontsize=8, frameon=False, loc="upper left")
+    axes[0, 0].set_ylabel("accuracy")
     return figure
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from . import checkpoint
 from .data import SPLITS, MultimodalData
-from .evaluate import predict
-from .model import MultimodalModel
+from .evaluate import check_fusion, predict, standing
+from .model import MultimodalModel, SharedHeadModel
 
 __all__ = ["Predictions", "predict_split", "read_classes", "write"]
 
@@ -37,20 +37,29 @@ class Predictions:
 
 
 def predict_split(
-    model: MultimodalModel, data: MultimodalData, split: str, *, workers: int = 0, amp: str | None = None
+    model: MultimodalModel,
+    data: MultimodalData,
+    split: str,
+    *,
+    fusion: str = "auto",
+    workers: int = 0,
+    amp: str | None = None,
 ) -> Predictions:
-    """The predictions for a split, or for "all" samples; `workers` and `amp` are as for `fit`.
+    """The predictions for a split, or for "all" samples; `fusion` is as for `evaluate`, `workers` and `amp` for `fit`.
 
     ValueError for another split, or one without samples.
     """
     if split not in (*SPLITS, "all"):
         raise ValueError(f"split: expected one of {(*SPLITS, 'all')}, got {split!r}")
+    check_fusion(model, fusion)
     indices = torch.arange(len(data)) if split == "all" else data.indices(split)
     if len(indices) == 0:
         raise ValueError(f"split: expected one with samples, got {split!r}, which has none")
     found = predict(model, data, indices, workers=workers, amp=amp)
     unimodal, present = found.unimodal.double().softmax(dim=-1).cpu(), found.present.cpu()
-    fused = found.fusions.get("joint", found.fusions["entropy"]).double().softmax(dim=-1).max(dim=-1)
+    if fusion == "auto":
+        fusion = standing(found.fusions, model.fusion if isinstance(model, SharedHeadModel) else "entropy")
+    fused = found.fusions[fusion].double().softmax(dim=-1).max(dim=-1)
     alone = unimodal.max(dim=-1)
     entropy = torch.special.entr(unimodal).sum(dim=-1)
     return Predictions(

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from . import checkpoint, parallel
 from .evaluate import Report
-from .model import MultimodalModel
+from .model import MultimodalModel, SharedHeadModel
 
 __all__ = ["CHECKPOINT", "METRICS", "Run"]
 
@@ -98,9 +98,9 @@ class Run:
             if saved != value:
                 raise ValueError(f"resume: expected a run with {name} {value!r}, got {saved!r} in {path}")
         here = self.content()
-        if "temperatures" in here["model"]:  # a run of before they existed has ones
-            for state in (content["model"], content["best"]["model"]):
-                state.setdefault("temperatures", torch.ones_like(here["model"]["temperatures"]))
+        if isinstance(self.model, SharedHeadModel):
+            self.model.complete(content["model"])
+            self.model.complete(content["best"]["model"])
         _check_same("the model's state", _shapes(here["model"]), _shapes(content["model"]), path)
         _check_same("the best epoch's weights", _shapes(here["model"]), _shapes(content["best"]["model"]), path)
         if self.scheduler is not None:
