@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from mla_ext.multimodal import cli, commands, demo
+from mla_ext.multimodal import checkpoint, cli, commands, demo
 from mla_ext.multimodal.files import load_npz
+from mla_ext.multimodal.model import FUSIONS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
