@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
-from . import backends, checks, head_state, ops
+from . import backends, bias, checks, head_state, ops
 from .backends import Backend
 from .observation import Observation, average_over_ranks
 from .reference import Hyperparameters, accumulate_dtype
@@ -37,13 +37,14 @@ class Gathered:
 
     plain: list[tuple[dict[str, Any], PlainStep]]
     heads: list[tuple[HeadStep, Backend]]
+    biased: list[tuple[Tensor, Tensor, Tensor]]  # [W | b] of a head's step, W and b
     used: list[tuple[Recorder, Observation]]  # whose memory is free after the step
     grad_scale: Tensor | None
     found_inf: Tensor | None
 
     def run_at_once(self, name: str) -> bool:
         """Whether the backend of this name made all steps in one call. If not, nothing has changed."""
-        if self.found_inf is not None or self.grad_scale is not None or torch.compiler.is_compiling():
+        if self.found_inf is not None or self.grad_scale is not None or torch.compiler.is_compiling() or self.biased:
             return False
         plain = [step for _, step in self.plain if step.params]
         heads = [step for step, _ in self.heads]
@@ -71,6 +72,8 @@ class Gathered:
             optimizer._step_plain(group, step.params, self.grad_scale, self.found_inf)
         for head, backend in self.heads:
             ops.run_head_step_(head, backend)
+        for joined in self.biased:
+            bias.write_back(*joined)
 
 
 @dataclass(slots=True)
@@ -168,6 +171,10 @@ class Gatherer:
         if heads and not isinstance(ranks, str) and dist.is_available() and dist.is_initialized():
             means = [*average_over_ranks(observations, [weight for *_, weight in heads], ranks)]
 
+        for i, (*_, weight) in enumerate(heads if optimizer._biases else ()):
+            mean = means[i]
+            if weight in optimizer._biases and mean is not None:
+                means[i] = torch.cat([mean, mean.new_ones(1)])  # the feature that b is multiplied by
         steps = [
             self.head_step(optimizer, weight, group, hyper, mean, (grad_scale, found_inf))
             for (group, hyper, weight), mean in zip(heads, means, strict=True)
@@ -181,7 +188,13 @@ class Gatherer:
                     used.append((recorder, observation))
                 elif recorder is not None and mean is None:
                     recorder.starve()
-        return Gathered(plain, steps, used, grad_scale, found_inf)
+        biases = optimizer._biases
+        biased = [
+            (step.weight, weight, biases[weight])
+            for (*_, weight), (step, _) in zip(heads, steps if biases else (), strict=bool(biases))
+            if weight in biases
+        ]
+        return Gathered(plain, steps, biased, used, grad_scale, found_inf)
 
     def tell_apart(self, optimizer: ProjectedOptimizer) -> list[Part]:
         """The plain parameters and the heads of each group."""
@@ -193,14 +206,14 @@ class Gatherer:
             and all(map(Part.holds, self.parts, groups))
         ):
             return self.parts
-        parts = []
+        parts, biases = [], [*optimizer._biases.values()]
         for group in groups:
             part = Part([*group["params"]], [], [])
             for param in part.params:
                 state = states.get(param, NO_STATE)
                 if param in attached or head_state.has_projection(state):
                     part.heads.append(param)
-                else:
+                elif not any(param is bias for bias in biases):  # which steps with its weight
                     part.plain.append((param, state))
             parts.append(part)
         if any(part.heads for part in parts):  # torch.distributed.checkpoint then asks for the state of all others too
@@ -235,6 +248,10 @@ class Gatherer:
         """The checked step of `weight` with its gradient and feature mean."""
         grad, state, backend = weight.grad, optimizer.state[weight], optimizer.backend
         assert grad is not None  # only such weights are gathered
+        own = optimizer._biases.get(weight)
+        if own is not None:
+            bias.join_moments(state, optimizer.state[own], weight)
+            weight, grad = bias.join(weight, own), bias.join_grads(weight, own)
         dtype = accumulate_dtype(weight.dtype)
         if mean is not None and (mean.dtype != dtype or mean.device != weight.device):  # the model was converted since
             mean = mean.to(weight.device, dtype)

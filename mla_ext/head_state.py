@@ -20,6 +20,7 @@ from .projection import Projection
 from .reference import Hyperparameters, accumulate_dtype
 
 __all__ = [
+    "MOMENTS",
     "check",
     "dtypes_of",
     "form_of",
@@ -56,16 +57,16 @@ def set_projection(state: dict[str, Any], projection: Projection) -> None:
             state[name] = part
 
 
-def check(state: dict[str, Any], weight: Tensor) -> None:
-    """Raises ValueError for the saved state of a projected weight that does not fit `weight`."""
+def check(state: dict[str, Any], weight: Tensor, with_bias: bool = False) -> None:
+    """Raises ValueError for the saved state of a projected weight that does not fit `weight`, joined with a bias."""
     if not has_projection(state):
         return
-    s = row_size(weight)
+    s = row_size(weight) + with_bias
     shapes: dict[str, tuple[int | str, ...]] = {
         "base": (s, s),
         BEFORE_0_2: (s, s),
         "rows": ("R", s),
-        **dict.fromkeys(MOMENTS, weight.shape),
+        **dict.fromkeys(MOMENTS, (len(weight), s) if with_bias else weight.shape),
     }
     for name in dtypes_of(weight):
         value = state.get(name)

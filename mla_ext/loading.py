@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import backends, head_state
-from .layers import row_size
 
 if TYPE_CHECKING:
     from .projected import ProjectedOptimizer
@@ -29,10 +28,10 @@ def load(optimizer: ProjectedOptimizer, torchs: Callable[[dict[str, Any]], None]
     saved: dict[Tensor, dict[str, Any]] = {}
     was_new = False
 
-    def before(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    def before(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         nonlocal was_new
         was_new = is_new(state_dict)
-        state_dict, of_params = read(groups, state_dict)
+        state_dict, of_params = read(groups, state_dict, optimizer._biases)
         saved.update(of_params)
         return state_dict
 
@@ -62,7 +61,7 @@ def is_new(state_dict: dict[str, Any]) -> bool:
 
 
 def read(
-    param_groups: list[dict[str, Any]], state_dict: dict[str, Any]
+    param_groups: list[dict[str, Any]], state_dict: dict[str, Any], biases: Mapping[Tensor, Tensor]
 ) -> tuple[dict[str, Any], dict[Tensor, dict[str, Any]]]:
     """The state_dict to load into these groups, and what it holds for each parameter.
 
@@ -80,7 +79,7 @@ def read(
     params = [param for group in param_groups for param in group["params"]]
     saved = {param: state_dict["state"].get(i, {}) for i, param in zip(ids, params, strict=False)}
     for param, state in saved.items():
-        head_state.check(state, param)
+        head_state.check(state, param, param in biases)
     return state_dict, saved
 
 
@@ -110,5 +109,5 @@ def restore(
     P = head_state.get_projection(state)
     assert P is not None
     if group["rank"] != "auto":
-        P = P.with_rank(head_state.form_of(group, row_size(param), backends.choose(backend, param.device)))
+        P = P.with_rank(head_state.form_of(group, P.size, backends.choose(backend, param.device)))
     head_state.set_projection(state, P)

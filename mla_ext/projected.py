@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from . import backends, checks, head_state, loading
+from .bias import check_bias, join_grads
 from .gather import Gathered, Gatherer, hyperparameters
 from .layers import LAYERS, check_layer, row_size
 from .observation import Observation, observe
@@ -52,6 +53,7 @@ class ProjectedOptimizer(Optimizer):
         self.backend = backend
         self.process_group = process_group
         self._attached: dict[Tensor, weakref.ref[Recorder] | None] = {}  # with the hook that should feed it, if any
+        self._biases: dict[Tensor, Tensor] = {}  # of the attached weights that they ride with
         self._observed: dict[Tensor, Observation] = {}
         self._gatherer = Gatherer()
         self._link = Link()
@@ -96,11 +98,14 @@ class ProjectedOptimizer(Optimizer):
             for name in ("lr", "alpha"):
                 group[name] = torch.as_tensor(group[name], dtype=torch.float32, device=group["params"][0].device)
 
-    def attach(self, head: nn.Module) -> RemovableHandle | Handles:
+    def attach(self, head: nn.Module, bias: bool = False) -> RemovableHandle | Handles:
         """Project the steps of head.weight, and record what the head is fed.
 
         head is an nn.Linear or an nn.Conv2d, whose features are the patches that it sees: P is (s, s) with
         s = C_in · k · k. Any other module attaches each of those in it, with a P of its own.
+
+        bias: the head's bias rides with its weight, as one more feature that is always 1. It is protected too, P is
+        (s + 1, s + 1), and the two step as one, in the parameter group of the weight. Each step then copies both.
 
         In training mode, with gradients enabled, each forward of `head` (inputs (..., s)) adds to the feature mean of
         the next step, also one whose gradient is thrown away. The returned handle's remove() ends the recording; the
@@ -114,8 +119,16 @@ class ProjectedOptimizer(Optimizer):
             for layer in layers:  # all of them before the first is attached
                 check_layer(layer)
                 self._check_head(layer.weight, "head.weight")
-            return Handles([self.attach(layer) for layer in layers])
+                if bias:
+                    self._check_bias(layer)
+            return Handles([self.attach(layer, bias) for layer in layers])
         check_layer(head)
+        if bias:
+            self._check_head(head.weight, "head.weight")
+            self._check_bias(head)
+            assert head.bias is not None
+            self._biases[head.weight] = head.bias
+            self._gatherer = Gatherer()  # which parameters are plain has changed
         self._attach(head.weight, "head.weight")
         recorder = Recorder(self._link, head.weight)
         handle = head.register_forward_hook(recorder, with_kwargs=True)
@@ -139,7 +152,8 @@ class ProjectedOptimizer(Optimizer):
         P = head_state.get_projection(self.state.get(weight, {})) if isinstance(weight, Tensor) else None
         if P is None:
             if isinstance(weight, Tensor) and weight in self._attached:
-                return torch.eye(row_size(weight), dtype=accumulate_dtype(weight.dtype), device=weight.device)
+                s = row_size(weight) + (weight in self._biases)
+                return torch.eye(s, dtype=accumulate_dtype(weight.dtype), device=weight.device)
             what = checks.describe(weight)
             raise ValueError(f"weight: expected a weight that was attached or observed, got {what} that was not")
         # A copy, as looking changes no later bits; beside the weight, which may have been converted or moved.
@@ -157,7 +171,8 @@ class ProjectedOptimizer(Optimizer):
         P = self.projection(weight)
         if weight.grad is None:
             raise ValueError("weight: expected one with a gradient, so ask between backward and zero_grad; got None")
-        grad = whole(weight.grad).flatten(1).to(P.dtype)
+        own = self._biases.get(weight)
+        grad = (whole(weight.grad).flatten(1) if own is None else join_grads(weight, own)).to(P.dtype)
         share: Tensor = (grad @ P).norm() / grad.norm()
         return share
 
@@ -225,7 +240,7 @@ class ProjectedOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         own: dict[str, Any] = {"backend": self.backend, "process_group": self.process_group}
         own |= {"_attached": dict.fromkeys(self._attached), "_link": self._link}
-        own |= {"_observed": {}, "_gatherer": Gatherer()}
+        own |= {"_observed": {}, "_gatherer": Gatherer(), "_biases": dict(self._biases)}
         return super().__getstate__() | own
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -250,6 +265,10 @@ class ProjectedOptimizer(Optimizer):
             computed = "" if weight.is_leaf else " that is computed, as a parametrised module's is"
             raise ValueError(f"{name}: expected a parameter of this optimizer, got {checks.describe(weight)}{computed}")
         check_sharding(name, weight)
+
+    def _check_bias(self, layer: nn.Linear | nn.Conv2d) -> None:
+        params = [param for group in self.param_groups for param in group["params"]]
+        check_bias(layer, self.state.get(layer.weight, {}), self._biases.get(layer.weight), params)
 
     def _record(self, weight: Tensor, features: Tensor) -> None:
         self._join(weight, observe(features, accumulate_dtype(weight.dtype), self.backend))
