@@ -29,7 +29,6 @@ __all__ = [
     "evaluate",
     "modality_scores",
     "predict",
-    "score_split",
     "standing",
     "start_scoring",
 ]
@@ -116,20 +115,8 @@ def evaluate(
     device = device_of(model)
     precision = Precision(amp, device)
     with Loader(data, device, workers) as loader:
-        return score_split(model, loader, split, batch_size, precision, fusion)
-
-
-def score_split(
-    model: MultimodalModel,
-    loader: Loader,
-    split: str,
-    batch_size: int,
-    precision: Precision,
-    fusion: str = "auto",
-) -> Report:
-    """`evaluate`, of data that a loader reads."""
-    scoring = start_scoring(model, loader, split, batch_size, precision, fusion)
-    return scoring.report(scoring.numbers.cpu())
+        scoring = start_scoring(model, loader, split, batch_size, precision, fusion)
+        return scoring.report(scoring.numbers.cpu())
 
 
 @dataclasses.dataclass(frozen=True)
