@@ -90,7 +90,7 @@ def check_temperatures(value: Any, modalities: int, device: torch.device) -> Non
     check_tensor("temperatures", value, (modalities,), device=None if on_cpu else device)
     if not on_cpu or torch.compiler.is_compiling():
         return
-    if not all(math.isfinite(T) and T > 0 for T in value.tolist()):
+    if not ((value > 0) & value.isfinite()).all():
         raise ValueError(f"temperatures: expected finite numbers > 0, got {value.tolist()}")
 
 
