@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
+from . import _library  # noqa: F401  # first: it says what is wrong with PyTorch
 from .adamw import ProjectedAdamW
 from .info import build_info
 from .ops import calibrated_fusion, entropy_fusion

@@ -28,6 +28,7 @@ __all__ = [
     "check_rls_update",
     "check_scaling",
     "check_tensor",
+    "check_weight",
     "check_writable",
     "describe",
     "fits",
@@ -186,6 +187,12 @@ def check_projection(projection: Projection, s: int, dtype: torch.dtype, device:
         check_tensor("count", P.count, (), (torch.int64,), device)
     elif P.beta is not None:
         raise ValueError("rows: expected a tensor (R, s) beside beta, got None")
+
+
+def check_weight(name: str, weight: Tensor) -> None:
+    """The weight (C, s) of a linear layer, or (C, C_in, k, k) of a convolution."""
+    is_convolution = isinstance(weight, Tensor) and weight.dim() == 4
+    check_tensor(name, weight, ("C", "C_in", "k", "k'") if is_convolution else ("C", "s"))
 
 
 def check_head_step(step: HeadStep) -> None:

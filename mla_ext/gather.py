@@ -253,7 +253,7 @@ class Gatherer:
         is_seen = momentum_buffer is not None or isinstance(rule, AdamW)
         count = state["step"] if is_seen else torch.zeros_like(state["step"])
         step = HeadStep(W, G, M, P, mean, count, hyper, *scaling, rule)
-        checks.check_head_step(step)
+        checks.check_head_step(ops.as_matrices(step))
         if type(weight) is nn.Parameter and not torch.compiler.is_compiling() and weight.device.type != "meta":
             nothing = HeadStep(W, W, M, P, None, count, hyper)  # keeps no gradient and no mean alive
             self.heads[weight] = Checked(nothing, chosen, backend, [*state.values()], _place(weight))

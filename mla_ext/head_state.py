@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .backends import Backend
 from .checks import describe, fits, has_momentum
+from .layers import row_size
 from .projection import Projection
 from .reference import Hyperparameters, accumulate_dtype
 
@@ -59,7 +60,7 @@ def check(state: dict[str, Any], weight: Tensor) -> None:
     """Raises ValueError for the saved state of a projected weight that does not fit `weight`."""
     if not has_projection(state):
         return
-    (s,) = weight.shape[1:]
+    s = row_size(weight)
     shapes: dict[str, tuple[int | str, ...]] = {
         "base": (s, s),
         BEFORE_0_2: (s, s),
@@ -101,7 +102,7 @@ def prepare(
     state: dict[str, Any], weight: Tensor, group: dict[str, Any], hyper: Hyperparameters, backend: Backend
 ) -> Projection:
     """Make what a step of `weight` needs and `state` lacks, and bring all to the weight's device. P keeps its value."""
-    dtype, device, (C, s) = accumulate_dtype(weight.dtype), weight.device, weight.shape
+    dtype, device, C, s = accumulate_dtype(weight.dtype), weight.device, len(weight), row_size(weight)
     for name, wanted in dtypes_of(weight).items():
         tensor = state.get(name)
         if tensor is not None and (tensor.dtype != wanted or tensor.device != device):  # the model was converted

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import backends, head_state
+from .layers import row_size
 
 if TYPE_CHECKING:
     from .projected import ProjectedOptimizer
@@ -103,11 +104,11 @@ def restore(
         value = saved.get(name)
         if isinstance(value, Tensor):
             value = value.to(param.device, dtype, copy=True)
-            state[name] = value if value.dim() == 2 else value.reshape(())
+            state[name] = value if value.dim() > 1 else value.reshape(())
         elif value is not None:
             state[name] = torch.tensor(value, dtype=dtype, device=param.device)
     P = head_state.get_projection(state)
     assert P is not None
     if group["rank"] != "auto":
-        P = P.with_rank(head_state.form_of(group, param.shape[1], backends.choose(backend, param.device)))
+        P = P.with_rank(head_state.form_of(group, row_size(param), backends.choose(backend, param.device)))
     head_state.set_projection(state, P)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import backends
 from .backends import Backend
+from .layers import row_size
 from .reference import accumulate_dtype
 
 __all__ = ["Observation", "average_over_ranks", "observe"]
@@ -51,7 +52,7 @@ def average_over_ranks(
     """
     parts = []
     for observation, weight in zip(observations, weights, strict=True):
-        sums = torch.zeros(weight.shape[1] + 1, dtype=accumulate_dtype(weight.dtype), device=weight.device)
+        sums = torch.zeros(row_size(weight) + 1, dtype=accumulate_dtype(weight.dtype), device=weight.device)
         if observation is not None:
             sums[:-1] = observation.mean * observation.count
             sums[-1] = observation.count

@@ -90,27 +90,32 @@ def run_head_step_(step: HeadStep, backend: Backend) -> None:
     _write_back((step.weight, operand.weight))
 
 
+def as_matrices(step: HeadStep) -> HeadStep:
+    """The step with weight, grad and momentum_buffer as (C, s), as kernels take those of a convolution."""
+    if step.weight.dim() == 2:
+        return step
+    weight, grad, momentum_buffer = (
+        None if t is None else t.flatten(1) for t in (step.weight, step.grad, step.momentum_buffer)
+    )
+    assert weight is not None and grad is not None
+    return dataclasses.replace(step, weight=weight, grad=grad, momentum_buffer=momentum_buffer)
+
+
 def _run_contiguous(step: HeadStep, backend: Backend) -> None:
     P = step.projection
     written = (step.weight, step.momentum_buffer, P.base, P.rows)
     read = (step.grad, step.feature_mean)
     if all(tensor is None or tensor.is_contiguous() for tensor in (*written, *read)):
-        return backend.head_step_(step)
+        return backend.head_step_(as_matrices(step))
     weight, momentum_buffer, base, rows, grad, feature_mean = (
         None if tensor is None else tensor.contiguous() for tensor in (*written, *read)
     )
     assert weight is not None and grad is not None
     used = Projection(base, P.beta, rows, P.count, P.nu)
-    backend.head_step_(
-        dataclasses.replace(
-            step,
-            weight=weight,
-            grad=grad,
-            momentum_buffer=momentum_buffer,
-            projection=used,
-            feature_mean=feature_mean,
-        )
+    contiguous = dataclasses.replace(
+        step, weight=weight, grad=grad, momentum_buffer=momentum_buffer, projection=used, feature_mean=feature_mean
     )
+    backend.head_step_(as_matrices(contiguous))
     _write_back(*zip(written, (weight, momentum_buffer, base, rows), strict=True))
 
 

@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from . import backends, checks, head_state, loading
 from .gather import Gathered, Gatherer, hyperparameters
+from .layers import LAYERS, check_layer, row_size
 from .observation import Observation, observe
 from .recording import Handles, Link, Recorder
 from .reference import Hyperparameters, accumulate_dtype
@@ -98,19 +99,23 @@ class ProjectedOptimizer(Optimizer):
     def attach(self, head: nn.Module) -> RemovableHandle | Handles:
         """Project the steps of head.weight, and record what the head is fed.
 
-        A module that is no nn.Linear but has some in it attaches each of them, with a P of its own.
+        head is an nn.Linear or an nn.Conv2d, whose features are the patches that it sees: P is (s, s) with
+        s = C_in · k · k. Any other module attaches each of those in it, with a P of its own.
 
         In training mode, with gradients enabled, each forward of `head` (inputs (..., s)) adds to the feature mean of
         the next step, also one whose gradient is thrown away. The returned handle's remove() ends the recording; the
         weight keeps its projection. The head does not keep the optimizer alive.
         """
-        if not isinstance(head, nn.Linear):
-            layers = [m for m in head.modules() if isinstance(m, nn.Linear)] if isinstance(head, nn.Module) else []
+        if not isinstance(head, LAYERS):
+            layers = [m for m in head.modules() if isinstance(m, LAYERS)] if isinstance(head, nn.Module) else []
             if not layers:
-                raise TypeError(f"head: expected an nn.Linear, got {type(head).__name__} without one in it")
+                what = type(head).__name__
+                raise TypeError(f"head: expected an nn.Linear or nn.Conv2d, got {what} without one in it")
             for layer in layers:  # all of them before the first is attached
+                check_layer(layer)
                 self._check_head(layer.weight, "head.weight")
             return Handles([self.attach(layer) for layer in layers])
+        check_layer(head)
         self._attach(head.weight, "head.weight")
         recorder = Recorder(self._link, head.weight)
         handle = head.register_forward_hook(recorder, with_kwargs=True)
@@ -119,9 +124,12 @@ class ProjectedOptimizer(Optimizer):
         return handle
 
     def observe(self, weight: Tensor, features: Tensor) -> None:
-        """Record features (N, s), the inputs of the head with this weight (C, s), by hand. N counts as its weight."""
-        checks.check_tensor("weight", weight, ("C", "s"))
-        checks.check_tensor("features", features, ("N", weight.shape[1]), device=weight.device)
+        """Record features (N, s), the inputs of the head with this weight (C, s), by hand. N counts as its weight.
+
+        Of a convolution's weight (C, C_in, k, k) the features are patches, and s = C_in · k · k.
+        """
+        checks.check_weight("weight", weight)
+        checks.check_tensor("features", features, ("N", row_size(weight)), device=weight.device)
         checks.check_nonempty("features", features)
         self._attach(weight, "weight")
         self._record(weight, features)
@@ -131,7 +139,7 @@ class ProjectedOptimizer(Optimizer):
         P = head_state.get_projection(self.state.get(weight, {})) if isinstance(weight, Tensor) else None
         if P is None:
             if isinstance(weight, Tensor) and weight in self._attached:
-                return torch.eye(weight.shape[1], dtype=accumulate_dtype(weight.dtype), device=weight.device)
+                return torch.eye(row_size(weight), dtype=accumulate_dtype(weight.dtype), device=weight.device)
             what = checks.describe(weight)
             raise ValueError(f"weight: expected a weight that was attached or observed, got {what} that was not")
         # A copy, as looking changes no later bits; beside the weight, which may have been converted or moved.
@@ -236,7 +244,7 @@ class ProjectedOptimizer(Optimizer):
 
     def _check_head(self, weight: Tensor, name: str) -> None:
         """Raises TypeError or ValueError for a weight whose steps cannot be projected."""
-        checks.check_tensor(name, weight, ("C", "s"))
+        checks.check_weight(name, weight)
         checks.check_nonempty(name, weight)
         if not any(weight is param for group in self.param_groups for param in group["params"]):
             computed = "" if weight.is_leaf else " that is computed, as a parametrised module's is"
@@ -245,6 +253,10 @@ class ProjectedOptimizer(Optimizer):
 
     def _record(self, weight: Tensor, features: Tensor) -> None:
         self._join(weight, observe(features, accumulate_dtype(weight.dtype), self.backend))
+
+    def _record_mean(self, weight: Tensor, mean: Tensor, count: int) -> None:
+        backend = backends.choose(self.backend, mean.device)
+        self._join(weight, Observation(mean.to(accumulate_dtype(weight.dtype)), count, backend))
 
     def _join(self, weight: Tensor, new: Observation) -> None:
         observation = self._observed.setdefault(weight, new)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .checks import WEIGHT_DTYPES
+from .layers import patch_mean
 from .observation import Observation
 
 if TYPE_CHECKING:
@@ -69,26 +70,30 @@ class Recorder:
         self.starved = 0
         features: Any = args[0] if args else kwargs.get("input")
         spare, self.spare = self.spare, None  # another thread must not find it
-        if spare is not None and not torch.compiler.is_compiling():
+        if spare is not None and isinstance(head, nn.Linear) and not torch.compiler.is_compiling():
             renewed = spare.renewed(features)
             if renewed is not None:
                 optimizer._join(self.weight, renewed)
                 return
-        if not _has_rows(features, self.weight):
+        if not _has_numbers(features, self.weight) or not _fits(head, features, self.weight):
             if not self.has_skipped:
                 self.has_skipped = True
                 warnings.warn(
                     "the features that an attached head was fed cannot be recorded, so its P does not learn of them: "
-                    f"expected rows of {self.weight.shape[1]} numbers on {self.weight.device}, got a "
+                    f"expected {_expected(head, self.weight)} on {self.weight.device}, got a "
                     f"{type(features).__name__}; said once",
                     stacklevel=2,
                 )
             return
         if features.numel() > 0:
-            features = features.detach().reshape(-1, features.shape[-1])
+            features = features.detach()
             if type(features) is not Tensor:  # P is a plain tensor, whatever the features
                 features = features.as_subclass(Tensor)
-            optimizer._record(self.weight, features)
+            if isinstance(head, nn.Conv2d):
+                mean, count = patch_mean(head, features.reshape(-1, *features.shape[-3:]))
+                optimizer._record_mean(self.weight, mean, count)
+            else:
+                optimizer._record(self.weight, features.reshape(-1, features.shape[-1]))
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"spare": None}
@@ -105,8 +110,8 @@ class Recorder:
             )
 
 
-def _has_rows(features: Any, weight: Tensor) -> TypeGuard[Tensor]:
-    """Whether features (..., s) hold numbers to take the mean of, for a weight (C, s)."""
+def _has_numbers(features: Any, weight: Tensor) -> TypeGuard[Tensor]:
+    """Whether there are numbers to take the mean of, beside the weight."""
     if not isinstance(features, Tensor) or features.is_nested or features.layout != torch.strided:
         return False
     if not torch.compiler.is_compiling() and (
@@ -114,5 +119,16 @@ def _has_rows(features: Any, weight: Tensor) -> TypeGuard[Tensor]:
         or torch._C._functorch.is_functorch_wrapped_tensor(features)  # in vmap, jvp, ...: meaningless after it
     ):
         return False
-    fits = features.dim() > 0 and features.shape[-1] == weight.shape[1]
-    return fits and features.device == weight.device and features.dtype in WEIGHT_DTYPES
+    return features.device == weight.device and features.dtype in WEIGHT_DTYPES
+
+
+def _fits(head: nn.Module, features: Tensor, weight: Tensor) -> bool:
+    """Whether features are rows (..., s) for a weight (C, s), or images (..., C_in, H, W) for (C, C_in, k, k)."""
+    if isinstance(head, nn.Conv2d):
+        return features.dim() >= 3 and features.shape[-3] == weight.shape[1]
+    return features.dim() > 0 and features.shape[-1] == weight.shape[1]
+
+
+def _expected(head: nn.Module, weight: Tensor) -> str:
+    size = weight.shape[1]
+    return f"images of {size} channels" if isinstance(head, nn.Conv2d) else f"rows of {size} numbers"

@@ -63,7 +63,7 @@ def whole(tensor: Tensor) -> Tensor:
 def _shard(sharded: Tensor) -> Tensor:
     shard = cast("DTensor", sharded).to_local()
     if shard.numel() == 0:  # more ranks than classes: a row that nobody keeps, so that this rank absorbs too
-        return shard.new_zeros(1, shard.shape[1])
+        return shard.new_zeros(1, *shard.shape[1:])
     return shard
 
 

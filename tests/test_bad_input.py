@@ -208,9 +208,9 @@ def test_add_param_group_is_checked_before_it_is_added():
 @pytest.mark.parametrize(
     ("head", "error", "message"),
     [
-        (nn.Conv1d(3, 2, 1), TypeError, "head: expected an nn.Linear, got Conv1d"),
+        (nn.Conv1d(3, 2, 1), TypeError, "head: expected an nn.Linear or nn.Conv2d, got Conv1d"),
         (nn.Linear(3, 2), ValueError, r"head.weight: expected a parameter of this optimizer, got a \(2, 3\)"),
-        (torch.ones(2, 3), TypeError, "head: expected an nn.Linear, got Tensor"),
+        (torch.ones(2, 3), TypeError, "head: expected an nn.Linear or nn.Conv2d, got Tensor"),
     ],
 )
 def test_attach(head, error, message):

@@ -194,6 +194,24 @@ def test_a_worker_that_dies_ends_the_run_in_one_line(tmp_path):
     assert same(run(*make(), deadly, 2, out=tmp_path, resume=True), run(*make(), data, 2))
 
 
+@pytest.mark.parametrize("kind", [ConnectionResetError, ConnectionRefusedError, EOFError, FileNotFoundError])
+def test_a_worker_whose_connection_breaks_first_ends_it_in_one_line_too(tmp_path, monkeypatch, kind):
+    """What torch raises when it reads from a worker that was killed, but not yet seen to be dead."""
+    data = one_by_one(make_data())
+    run(*make(), data, 1, out=tmp_path)
+    broken = kind("[Errno 0] broken\nby a kill")
+
+    def breaks(*_, **__):
+        raise broken
+
+    monkeypatch.setattr(torch.utils.data.dataloader._MultiProcessingDataLoaderIter, "_try_get_data", breaks)
+    message = rf"^epoch 2: DataLoader worker lost its connection \({kind.__name__}\): fewer workers need less memory$"
+    with pytest.raises(RuntimeError, match=message) as error:
+        run(*make(), data, 2, out=tmp_path, resume=True, workers=2)
+    assert error.value.__cause__.__cause__ is broken
+    assert same(run(*make(), data, 2, out=tmp_path, resume=True), run(*make(), data, 2))
+
+
 def test_an_interrupt_in_an_epoch_leaves_the_checkpoint_and_no_workers(tmp_path):
     data = one_by_one(make_data())
     model, optimizer = make()

@@ -135,8 +135,10 @@ def test_a_run_goes_on(tmp_path, tolerance, epochs):
     command_line("--data", OLD / "data.npz", "--epochs", epochs, "--out", tmp_path / "run", "--resume")
     ours, theirs = (torch.load(folder / "last.pt") for folder in (tmp_path / "run", OLD / f"run_{epochs}"))
     assert ours["epoch"] == theirs["epoch"] == epochs
-    torch.testing.assert_close(ours["model"], theirs["model"], **tolerance)
-    torch.testing.assert_close(ours["best"]["model"], theirs["best"]["model"], **tolerance)
+    for model, expected in ((ours["model"], theirs["model"]), (ours["best"]["model"], theirs["best"]["model"])):
+        added = {name: model.pop(name) for name in ("temperatures", "fusion_index")}  # not known to 0.1.0
+        assert (added["temperatures"] > 0).all()
+        torch.testing.assert_close(model, expected, **tolerance)
     for record, expected in zip(ours["history"], theirs["history"], strict=True):
         losses = [[*r["training_loss"].values(), r["validation"]["loss"]] for r in (record, expected)]
         assert losses[0] == pytest.approx(losses[1], rel=tolerance["rtol"], abs=0)

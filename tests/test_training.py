@@ -558,7 +558,9 @@ def test_reset_projection_starts_every_epoch_at_the_identity(monkeypatch):
     run(model, optimizer, make_data(), epochs=2, reset_projection=True)
     assert seen == [True, False, True, True]
     model, optimizer = make("alternating")
-    with pytest.raises(TypeError, match="reset_projection: expected a ProjectedSGD as optimizer, got SGD"):
+    with pytest.raises(
+        TypeError, match="reset_projection: expected a ProjectedSGD or ProjectedAdamW as optimizer, got SGD"
+    ):
         run(model, optimizer, make_data(), reset_projection=True)
 
 
@@ -695,9 +697,16 @@ def test_an_epoch_is_read_at_once(monkeypatch, method):
         losses, report, plasticity = trained.epoch(steps, 1, 0, bar)
     monkeypatch.undo()
     rows = len(model.modalities) + len(report.fusions)
-    others = len(report.fusions) + (method != "concat") + (method == "mla")  # losses, which fusion, plasticity
-    assert reads == [len(steps) + rows * len(data.indices("validation")) + others]
+    numbers = len(report.fusions) + (method != "concat") + 2 * (method == "mla")  # losses, the fusion, two shares of P
+    assert reads == [len(steps) + rows * len(data.indices("validation")) + numbers]
     assert losses.keys() == {"+".join(step.modalities) for step in steps}
     assert report == evaluate(model, data, "validation")
     P = optimizer.projection(model.head.weight) if method == "mla" else None
-    assert plasticity == (None if P is None else pytest.approx(float(P.trace()) / len(P)))
+    if P is None:
+        assert plasticity == {}
+    else:
+        passed = optimizer.plasticity(model.head.weight).item()
+        assert plasticity == {
+            "plasticity": pytest.approx(float(P.trace()) / len(P)),
+            "gradient_passed": pytest.approx(passed),
+        }

@@ -26,7 +26,8 @@ ADAMW_OPTIONS = [
 def random_optimizer(seed, weight, alpha, rank):
     """One of the two with options that the seed decides."""
     drawn = torch.rand(4, generator=torch.Generator("cpu").manual_seed(seed), device="cpu").tolist()
-    common = {"lr": 0.2 * drawn[0], "weight_decay": drawn[1], "maximize": drawn[2] < 0.5, "alpha": alpha, "rank": rank}
+    common = {"lr": 0.2 * drawn[0], "weight_decay": drawn[1], "maximize": drawn[2] < 0.5}
+    common |= {"alpha": alpha, "alpha_scale": None, "rank": rank}
     if seed % 2:
         return ProjectedAdamW([weight], amsgrad=drawn[3] < 0.5, **common)
     momentum = {"momentum": 0.9, "nesterov": True} if drawn[3] < 0.5 else {"momentum": 0.5, "dampening": drawn[3]}
@@ -70,7 +71,7 @@ def test_a_projected_gradient_leaks_through_momentum_and_decay():
     """So that the test above can fail."""
     weight = nn.Parameter(randn(3, 6, dtype=torch.float64).to(torch.get_default_device()))
     h = randn(6, dtype=torch.float64, seed=50).to(weight.device)
-    change, moved = movement(ProjectedSGD([weight], alpha=1e-6, **SGD_OPTIONS), weight, h)
+    change, moved = movement(ProjectedSGD([weight], alpha=1e-6, alpha_scale=None, **SGD_OPTIONS), weight, h)
     assert moved > 0.1 * change.norm() * h.norm()
 
 

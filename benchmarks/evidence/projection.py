@@ -14,6 +14,7 @@ import statistics
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mla_ext
 from mla_ext.multimodal import checkpoint
@@ -22,8 +23,9 @@ from mla_ext.multimodal.recipe import Settings, build
 from .. import RESULTS
 from ..machine import machine
 
-METHODS = {"concat": {}, "alternating": {}, "mla, alpha 1": {"alpha": 1.0}, "mla, alpha 0.1": {}}
-METHODS["mla, alpha 0.01"] = {"alpha": 0.01}
+METHODS: dict[str, dict[str, Any]] = {"concat": {}, "alternating": {}, "mla": {}}
+METHODS |= {f"mla, alpha {alpha}": {"alpha": alpha} for alpha in (0.01, 0.001)}
+METHODS |= {f"mla, fixed alpha {alpha}": {"alpha": alpha, "alpha_scale": None} for alpha in (1.0, 0.1, 0.01)}
 
 
 def run(data: mla_ext.MultimodalData, settings: Settings) -> tuple[float, float]:

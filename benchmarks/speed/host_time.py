@@ -60,7 +60,7 @@ def step_calls(device: str, names: list[str]) -> dict[str, Callable[[], object]]
     calls["plain"] = hook_and_step(head, PlainProjectedSGD(head.parameters(), head, **SETTINGS).step)
     for name in names:
         head = FreeHead(device)
-        optimizer = ProjectedSGD(head.parameters(), **SETTINGS, backend=name)
+        optimizer = ProjectedSGD(head.parameters(), **SETTINGS, alpha_scale=None, backend=name)
         optimizer.attach(head)
         calls[f"{OURS} {name}"] = hook_and_step(head, optimizer.step)
     return calls

@@ -69,7 +69,7 @@ def make_ways(encoder: str, s: int, C: int, device: str) -> dict[str, Way]:
         return Way(own, make(own), inputs, labels)
 
     def ours(own: nn.Sequential) -> Optimizer:
-        optimizer = ProjectedSGD(own.parameters(), **settings)
+        optimizer = ProjectedSGD(own.parameters(), **settings, alpha_scale=None)  # as the plain one
         optimizer.attach(own[-1])
         return optimizer
 

@@ -57,7 +57,7 @@ class Training:
         settings = {"lr": LR, "momentum": MOMENTUM}
         self.project: Callable[[], None] = lambda: None
         if projected == OURS:
-            self.optimizer = ProjectedSGD(model.parameters(), **settings, alpha=ALPHA)
+            self.optimizer = ProjectedSGD(model.parameters(), **settings, alpha=ALPHA, alpha_scale=None)
             self.optimizer.attach(model.head)
         else:
             self.optimizer = SGD(model.parameters(), **settings)

@@ -93,7 +93,7 @@ class Run:
     def __init__(self, case: Case, dtype: torch.dtype) -> None:
         start = torch.randn(CLASSES, case.s, generator=torch.Generator().manual_seed(2))
         self.weight = nn.Parameter(start.to(dtype))
-        self.optimizer = ProjectedSGD([self.weight], lr=0.01, momentum=0.9, **case.options)
+        self.optimizer = ProjectedSGD([self.weight], lr=0.01, momentum=0.9, alpha_scale=None, **case.options)
         self.seconds = 0.0
 
     def steps(self, features: Tensor, errors: Tensor) -> None:

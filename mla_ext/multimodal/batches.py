@@ -109,13 +109,22 @@ class Loader:
             batches = iter(self._batches)
         for step in steps:
             begin = time.perf_counter()
-            batch = next(batches)
+            batch = self._next(batches)
             waited += time.perf_counter() - begin
             if isinstance(batch, RecordingError):
                 raise batch
             yield AtHand(self.data, step, batch if self._copies is None else self._on_gpu(batch, self._copies))
         if training:
             self.waiting = waited / (time.perf_counter() - start)
+
+    def _next(self, batches: Iterator[Any]) -> Any:
+        try:
+            return next(batches)
+        except (ConnectionError, EOFError, FileNotFoundError) as error:
+            # The sockets of a killed worker close a moment before torch can tell that it is dead.
+            if self._batches.num_workers == 0:
+                raise
+            raise RuntimeError(f"DataLoader worker lost its connection ({type(error).__name__})") from error
 
     def _on_gpu(self, batch: _Batch, copies: torch.cuda.Stream) -> _Batch:
         """Copied on a stream of its own, while the GPU is still busy with the steps before."""

@@ -1,0 +1,41 @@
+"""The layers whose steps can be projected: each multiplies rows of features (N, s) by a weight of C rows of s numbers.
+
+A convolution does so with the patches that it sees, and s = C_in · k · k: as in orthogonal weight modification (Zeng et
+al. 2019).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .reference import accumulate_dtype
+
+__all__ = ["LAYERS", "check_layer", "patch_mean", "row_size"]
+
+LAYERS = (nn.Linear, nn.Conv2d)
+
+
+def row_size(weight: Tensor) -> int:
+    """s of a weight (C, s), or (C, C_in, k, k)."""
+    return math.prod(weight.shape[1:])
+
+
+def check_layer(layer: nn.Module) -> None:
+    """Raises ValueError for a convolution in groups, whose weight is several that see different features."""
+    if isinstance(layer, nn.Conv2d) and layer.groups != 1:
+        raise ValueError(f"head: expected a convolution with groups=1, got groups={layer.groups}")
+
+
+def patch_mean(layer: nn.Conv2d, images: Tensor) -> tuple[Tensor, int]:
+    """The mean (s,) of all patches that a convolution of images (N, C_in, H, W) multiplies, and how many they are.
+
+    Padding counts, as the weight meets it too. The mean image has the same mean patch, so only its patches are made.
+    """
+    image = images.to(accumulate_dtype(images.dtype)).mean(dim=0, keepdim=True)
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    image = F.pad(image, layer._reversed_padding_repeated_twice, mode=mode)
+    patches = F.unfold(image, layer.kernel_size, dilation=layer.dilation, stride=layer.stride)  # (1, s, positions)
+    return patches[0].mean(dim=1), len(images) * patches.shape[2]
