@@ -17,7 +17,8 @@ import torch
 import mla_ext
 from mla_ext.multimodal.recipe import Settings
 
-from .methods import METHODS, Setting
+from .methods import Setting
+from .methods.alternation import build_mla
 from .protocol import name_of
 from .rank import RankRun, limited, parser_of
 from .report import Table, difference, percent, write
@@ -34,7 +35,7 @@ def measure(run: RankRun) -> dict[str, Any]:
     setting = Setting(usual.lr, usual.weight_decay, run.alpha, run.seed, run.epochs, run.width)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
-        model, optimizer = METHODS["mla"].build(data, setting)
+        model, optimizer = build_mla(data, setting, alpha_scale=usual.alpha_scale, rank=usual.rank)
     mla_ext.fit(model, optimizer, data, epochs=run.epochs, seed=run.seed, progress=False)
     temperatures = mla_ext.calibrate(model, data).tolist()
     result: dict[str, Any] = {"temperatures": temperatures}
@@ -75,6 +76,7 @@ def page(sources: Sequence[str], seeds: int, epochs: int, samples: int, results:
         tables.append(Table(title, columns, rows))
     text = f"""Test accuracy in %, mean ± standard deviation over {seeds} seeds. Differences are in points, paired by
     seed, with 95 % intervals (Student's t). MLA with the defaults of `mla-ext train`, alpha {Settings().alpha:g},
+    alpha_scale "{Settings().alpha_scale}",
     nothing tuned, {epochs} epochs, linear encoders of 64 features. Of each training split at most {samples} samples are
     used. Temperatures are fitted on the complete validation split. In the last row the
     accuracies of one seed are averaged over the data first."""
