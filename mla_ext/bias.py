@@ -38,8 +38,10 @@ def join_moments(weight_state: dict[str, Any], bias_state: dict[str, Any], weigh
 
 
 def write_back(joined: Tensor, weight: Tensor, bias: Tensor) -> None:
+    """A bias without a gradient stays, as any parameter does."""
     weight.copy_(joined[:, :-1].view_as(weight))
-    bias.copy_(joined[:, -1])
+    if bias.grad is not None:
+        bias.copy_(joined[:, -1])
 
 
 def check_bias(layer: nn.Linear | nn.Conv2d, state: dict[str, Any], known: Tensor | None, params: list[Tensor]) -> None:

@@ -47,6 +47,8 @@ class ProjectedOptimizer(Optimizer):
         heads: Iterable[nn.Module] | None,
     ) -> None:
         """What __init__ does, with the `defaults` of a parameter group."""
+        if heads is not None and (isinstance(heads, nn.Module) or not isinstance(heads, Iterable)):
+            raise TypeError(f"heads: expected several modules, as in a list, got {checks.describe(heads)}")
         checks.check_options(defaults, differentiable, process_group)
         backends.check_name(backend)
         check_ranks(process_group)

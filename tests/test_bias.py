@@ -148,6 +148,14 @@ def test_refusals():
         attached(ProjectedSGD, linear()).load_state_dict(optimizer.state_dict())
 
 
+def test_a_frozen_bias_stays(make):
+    head = linear()
+    head.bias.requires_grad_(False)
+    weight, bias = head.weight.detach().clone(), head.bias.clone()
+    train(head, attached(make, head), 0, 3)
+    assert torch.equal(head.bias, bias) and not torch.equal(head.weight, weight)
+
+
 def test_a_convolution_and_its_bias():
     torch.manual_seed(0)
     conv = nn.Conv2d(2, 3, 2)

@@ -188,6 +188,12 @@ def test_a_module_of_heads_is_each_of_them(cls):
     assert not together._observed
 
 
+@pytest.mark.parametrize("heads", [nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)), 3])
+def test_heads_are_several(heads):
+    with pytest.raises(TypeError, match=r"heads: expected several modules, as in a list, got"):
+        ProjectedSGD(nn.Linear(2, 2).parameters(), heads=heads)
+
+
 def test_a_module_of_heads_is_attached_whole_or_not_at_all():
     model = network()
     optimizer = ProjectedSGD(model[0].parameters(), lr=0.1)
