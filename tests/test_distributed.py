@@ -76,10 +76,10 @@ def assert_ranks_agree(results, classes=3, adamw=False):
             torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-5)
 
 
-def ddp(rank, world, micro_batches=False):
+def ddp(rank, world, micro_batches=False, adamw=False):
     model = network()
     parallel = nn.parallel.DistributedDataParallel(model)
-    optimizer = make(parallel, model[2])
+    optimizer = make(parallel, model[2], adamw)
     for t in range(4):
         x, y = (part[SPLITS[world][rank]] for part in batch(t))
         optimizer.zero_grad()
@@ -95,6 +95,14 @@ def ddp(rank, world, micro_batches=False):
 
 def ddp_with_micro_batches(rank, world):
     return ddp(rank, world, micro_batches=True)
+
+
+def ddp_adamw(rank, world):
+    return ddp(rank, world, adamw=True)
+
+
+def test_ddp_of_adamw_is_the_single_process(tmp_path):
+    assert_ranks_agree(run(ddp_adamw, 2, tmp_path), adamw=True)
 
 
 @pytest.mark.parametrize("world", [2, 3])
