@@ -58,6 +58,7 @@ if [ "$DEVICE" = cuda ]; then
   done
   benchmarks=cuda
 else
+  export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}  # nothing is installed
   stage build 200 "$PYTHON" tests/cuda_emulation/emulated.py "$OUT"
   stage info 30 "$PYTHON" -m mla_ext info
   stage tests 200 env MLA_EXT_EMULATED="$OUT/fast/driver" "$PYTHON" -m pytest -q tests/gpu
