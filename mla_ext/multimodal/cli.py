@@ -1,4 +1,4 @@
-"""The command line: `python -m mla_ext {demo,train,evaluate,predict,plot,info}`, also installed as `mla-ext`."""
+"""The command line: `python -m mla_ext {demo,train,evaluate,predict,plot,info,doctor}`, also installed as `mla-ext`."""
 
 from __future__ import annotations
 
@@ -104,4 +104,5 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument("--out", type=Path, metavar="FILE", help="the picture of several runs (default: runs.png)")
 
     command(commands.info, "info", "print what this installation was built with and can use")
+    command(commands.doctor, "doctor", "test what is installed, and print a report that an issue can hold")
     return parser

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from ..doctor import diagnose
 from ..info import build_info
 from . import checkpoint, config, parallel, plots
 from . import predict as predictions
@@ -29,7 +30,7 @@ from .options import GROUPS, settings_of
 from .recipe import Settings, build, build_scheduler, standardized
 from .reliability import FUSED, reliability_of
 
-__all__ = ["REPORT", "demo", "evaluate_run", "info", "plot", "predict", "table", "train"]
+__all__ = ["REPORT", "demo", "doctor", "evaluate_run", "info", "plot", "predict", "table", "train"]
 
 REPORT, PREDICTIONS = "report.json", "predictions.csv"
 TRAINING, CONFUSION, RELIABILITY = "training.png", "confusion.png", "reliability.png"
@@ -155,6 +156,13 @@ def info(arguments: argparse.Namespace) -> None:
     for name, value in facts.items():
         text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
         print(f"{name:<{width}}  {'none' if text in (None, '') else text}")
+
+
+def doctor(arguments: argparse.Namespace) -> None:
+    report, healthy = diagnose()
+    print(report)
+    if not healthy:
+        raise SystemExit(1)
 
 
 def demo(arguments: argparse.Namespace) -> None:
