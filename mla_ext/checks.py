@@ -33,6 +33,7 @@ __all__ = [
     "describe",
     "fits",
     "has_momentum",
+    "several",
 ]
 
 WEIGHT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -193,6 +194,14 @@ def check_weight(name: str, weight: Tensor) -> None:
     """The weight (C, s) of a linear layer, or (C, C_in, k, k) of a convolution."""
     is_convolution = isinstance(weight, Tensor) and weight.dim() == 4
     check_tensor(name, weight, ("C", "C_in", "k", "k'") if is_convolution else ("C", "s"))
+
+
+def several(heads: Any) -> list[Any]:
+    if heads is None:
+        return []
+    if isinstance(heads, torch.nn.Module) or not hasattr(heads, "__iter__"):
+        raise TypeError(f"heads: expected several modules, as in a list, got {describe(heads)}")
+    return list(heads)
 
 
 def check_head_step(step: HeadStep) -> None:

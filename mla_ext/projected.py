@@ -47,8 +47,6 @@ class ProjectedOptimizer(Optimizer):
         heads: Iterable[nn.Module] | None,
     ) -> None:
         """What __init__ does, with the `defaults` of a parameter group."""
-        if heads is not None and (isinstance(heads, nn.Module) or not isinstance(heads, Iterable)):
-            raise TypeError(f"heads: expected several modules, as in a list, got {checks.describe(heads)}")
         checks.check_options(defaults, differentiable, process_group)
         backends.check_name(backend)
         check_ranks(process_group)
@@ -61,7 +59,7 @@ class ProjectedOptimizer(Optimizer):
         self._link = Link()
         self._link.bind(self)
         Optimizer.__init__(self, params, defaults)
-        for head in heads or ():
+        for head in checks.several(heads):
             self.attach(head)
 
     def _rule(
