@@ -171,10 +171,6 @@ class Gatherer:
         if heads and not isinstance(ranks, str) and dist.is_available() and dist.is_initialized():
             means = [*average_over_ranks(observations, [weight for *_, weight in heads], ranks)]
 
-        for i, (*_, weight) in enumerate(heads if optimizer._biases else ()):
-            mean = means[i]
-            if weight in optimizer._biases and mean is not None:
-                means[i] = torch.cat([mean, mean.new_ones(1)])  # the feature that b is multiplied by
         steps = [
             self.head_step(optimizer, weight, group, hyper, mean, (grad_scale, found_inf))
             for (group, hyper, weight), mean in zip(heads, means, strict=True)
@@ -188,12 +184,11 @@ class Gatherer:
                     used.append((recorder, observation))
                 elif recorder is not None and mean is None:
                     recorder.starve()
-        biases = optimizer._biases
-        biased = [
-            (step.weight, weight, biases[weight])
-            for (*_, weight), (step, _) in zip(heads, steps if biases else (), strict=bool(biases))
-            if weight in biases
-        ]
+        biased = []
+        if optimizer._biases:
+            for (*_, weight), (made, _) in zip(heads, steps, strict=True):
+                if weight in optimizer._biases:
+                    biased.append((made.weight, weight, optimizer._biases[weight]))
         return Gathered(plain, steps, biased, used, grad_scale, found_inf)
 
     def tell_apart(self, optimizer: ProjectedOptimizer) -> list[Part]:
@@ -248,10 +243,11 @@ class Gatherer:
         """The checked step of `weight` with its gradient and feature mean."""
         grad, state, backend = weight.grad, optimizer.state[weight], optimizer.backend
         assert grad is not None  # only such weights are gathered
-        own = optimizer._biases.get(weight)
+        own = optimizer._biases.get(weight) if optimizer._biases else None
         if own is not None:
             bias.join_moments(state, optimizer.state[own], weight)
             weight, grad = bias.join(weight, own), bias.join_grads(weight, own)
+            mean = None if mean is None else torch.cat([mean, mean.new_ones(1)])  # the feature that b is multiplied by
         dtype = accumulate_dtype(weight.dtype)
         if mean is not None and (mean.dtype != dtype or mean.device != weight.device):  # the model was converted since
             mean = mean.to(weight.device, dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -28,7 +29,7 @@ from .watching import watchable
 __all__ = ["ProjectedOptimizer"]
 
 
-class ProjectedOptimizer(Optimizer):
+class ProjectedOptimizer(Optimizer, ABC):
     """An optimizer whose attached weights step along what P leaves of the gradient, or of the update.
 
     A subclass gives the step of the parameters that are not attached, and the rule of those that are.
@@ -62,6 +63,7 @@ class ProjectedOptimizer(Optimizer):
         for head in checks.several(heads):
             self.attach(head)
 
+    @abstractmethod
     def _rule(
         self, weight: Tensor, state: dict[str, Any], group: dict[str, Any], hyper: Hyperparameters
     ) -> Rule | None:
@@ -69,21 +71,20 @@ class ProjectedOptimizer(Optimizer):
 
         None: the gradient is projected, and the kernels do SGD.
         """
-        raise NotImplementedError
 
     def _step_at_once(self, steps: Gathered) -> bool:
         """Whether all steps were made in one call, where there is a kernel for it. If not, nothing has changed."""
         return False
 
+    @abstractmethod
     def _check_plain(self, group: dict[str, Any], params: list[Tensor]) -> None:
         """Raises what would make a step of these parameters, which are not attached, fail halfway."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _step_plain(
         self, group: dict[str, Any], params: list[Tensor], grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
         """Steps parameters of a group that are not attached; all have a gradient."""
-        raise NotImplementedError
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As for any optimizer; the group's hyperparameters are checked first."""

@@ -11,7 +11,6 @@ benchmarks/results/.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +22,7 @@ from mla_ext.multimodal.fit import NonFiniteLossError
 from mla_ext.multimodal.recipe import Settings, build
 
 from .methods import ALPHA
-from .rank import Gain, accuracies, limited, parser_of
+from .rank import Gain, Keyed, accuracies, limited, parser_of
 from .report import Table, write
 from .runs import Results, load
 
@@ -36,7 +35,7 @@ MEASURES = ("fused", "alone")
 
 
 @dataclasses.dataclass(frozen=True)
-class DefaultsRun:
+class DefaultsRun(Keyed):
     """alpha None: alternation alone; rate None: a fixed alpha. Of the training split at most `samples` are used."""
 
     data: str
@@ -45,10 +44,6 @@ class DefaultsRun:
     seed: int
     epochs: int = EPOCHS
     samples: int = SAMPLES
-
-    @property
-    def key(self) -> str:
-        return json.dumps({**dataclasses.asdict(self), "data": Path(self.data).stem})
 
 
 @contextmanager

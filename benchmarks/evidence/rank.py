@@ -40,8 +40,18 @@ EPOCHS = 20
 SAMPLES = 4000
 
 
+class Keyed:
+    """A run, as a dataclass with its data's path, that results are kept under."""
+
+    data: str
+
+    @property
+    def key(self) -> str:
+        return json.dumps({**dataclasses.asdict(self), "data": Path(self.data).stem})
+
+
 @dataclasses.dataclass(frozen=True)
-class RankRun:
+class RankRun(Keyed):
     """alpha None: alternation alone; rank None: dense P. Of the training split at most `samples` are used."""
 
     data: str
@@ -51,10 +61,6 @@ class RankRun:
     seed: int
     epochs: int = EPOCHS
     samples: int = SAMPLES
-
-    @property
-    def key(self) -> str:
-        return json.dumps({**dataclasses.asdict(self), "data": Path(self.data).stem})
 
 
 @functools.lru_cache(maxsize=8)
