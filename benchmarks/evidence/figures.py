@@ -12,7 +12,7 @@ import torch
 from ..plots import COLORS, MUTED, STRONG, canvas, save
 from .measures import unit_features
 from .methods import METHODS
-from .runs import Run, load, trained
+from .runs import Run, Trained, load, train
 
 
 def mean_and_std(values: Sequence[float | None]) -> tuple[float, float]:
@@ -42,8 +42,9 @@ def gap(runs: Sequence[Sequence[Run]], path: Path) -> None:
     for row, ax_row in zip(runs, axes, strict=True):
         for run, ax in zip(row, ax_row, strict=True):
             data = load(run.data, 0.0, 0)
-            model, _ = trained(run, data)
-            features = unit_features(model, data, "validation")
+            trained = train(run, data)
+            assert isinstance(trained, Trained), trained
+            features = unit_features(trained.model, data, "validation")
             x = torch.cat(list(features.values()))
             x = x - x.mean(dim=0)
             _, _, v = torch.pca_lowrank(x, q=2, center=False, niter=8)

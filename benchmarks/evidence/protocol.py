@@ -9,21 +9,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .methods import METHODS
+from .methods import BATCH_SIZE, METHODS
 from .report import Table, write
-from .runs import Results, Run, load
+from .runs import Results, Run, group, load
 
 MAIN = tuple(name for name in METHODS if not name.endswith("-shared"))  # the rows of the tables
+MOST_BATCHES = 900  # of one run
 LRS = (0.003, 0.01, 0.03, 0.1)
 FINER = (0.35, 0.6, 1.0, 1.7)  # times the best of LRS
 DECAYS = (1e-4, 1e-3, 1e-2)
 FINALISTS = 4
 TUNING_SEEDS = (1000, 1001, 1002)
 PROTOCOL = """All methods have the same encoders: two linear layers of 64 features on the recording as one standardised
-vector; SGD with momentum 0.9, batches of 64. {trials} Then {seeds} seeds are trained, {epochs} epochs each (MMIN twice:
-it begins with a whole concatenation model); the epoch is the one best on the validation split, and the test split is
-read once. Values: mean ± standard deviation over the seeds, in %; differences are paired by seed, with 95 % confidence
-intervals (Student's t)."""
+vector; SGD with momentum 0.9 (or AdamW, where the row says so), batches of 64. {trials} Then {seeds} seeds are trained,
+{epochs} epochs each{fewer} (MMIN twice: it begins with a whole concatenation model); the epoch is the one best on the
+validation split, and the test split is read once. Values: mean ± standard deviation over the seeds, in %; differences
+are paired by seed, with 95 % confidence intervals (Student's t)."""
 TRIALS = """For every dataset and method the settings are chosen by the best validation accuracy in 15 trials: lr among
 {lrs}; then, at the best of them, weight decay among {decays} together with four values of the method's own
 hyperparameter, or of a finer lr where it has none. A trial is one run; the best {finalists} are run with {more} more
@@ -49,7 +50,14 @@ class Evidence:
         lrs, decays = (", ".join(f"{value:g}" for value in values) for values in (LRS, DECAYS))
         trials = QUICK_TRIALS if self.quick else TRIALS
         trials = trials.format(lrs=lrs, decays=decays, finalists=FINALISTS, more=len(TUNING_SEEDS) - 1)
-        return f"{self.label}{PROTOCOL.format(trials=trials, seeds=self.seeds, epochs=self.epochs)}"
+        fewer = [f"{self.epochs_of(s)} on {name_of(s)}" for s in self.sources if self.epochs_of(s) < self.epochs]
+        fewer = f", {', '.join(fewer)}, which has more batches" if fewer else ""
+        return self.label + PROTOCOL.format(trials=trials, seeds=self.seeds, epochs=self.epochs, fewer=fewer)
+
+    def epochs_of(self, source: str) -> int:
+        """As many as `epochs`, or the most that take no more than MOST_BATCHES."""
+        batches = -(-len(load(source, 0.0, 0).indices("train")) // BATCH_SIZE)
+        return max(1, min(self.epochs, MOST_BATCHES // batches))
 
     @property
     def label(self) -> str:
@@ -61,15 +69,15 @@ class Evidence:
 
     # -- choosing hyperparameters --
 
-    def tune(self, methods: Sequence[str]) -> None:
+    def tune(self, methods: Sequence[str], missing: float = 0.0) -> None:
         """The trials on the validation split, in three stages."""
-        pairs = [(source, method) for source in self.sources for method in methods]
+        cases = [(source, method, missing) for source in self.sources for method in methods]
         for number, stage in enumerate((self._learning_rates, self._rest, self._finals), 1):
-            self.complete([run for pair in pairs for run in stage(*pair)], f"choosing settings, {number} of 3")
+            self.complete([run for case in cases for run in stage(*case)], f"choosing settings, {number} of 3")
 
-    def chosen(self, source: str, method: str) -> Run:
-        """The best setting, as the run of seed 0 that reads the test split."""
-        best = max(self._finals(source, method), key=self.mean_validation)
+    def chosen(self, source: str, method: str, missing: float = 0.0) -> Run:
+        """The best setting on data of which so much is missing, as the run of seed 0 that reads the test split."""
+        best = max(self._finals(source, method, missing), key=self.mean_validation)
         return dataclasses.replace(best, seed=0, split="test")
 
     def best_of(self, source: str, methods: Sequence[str]) -> str:
@@ -80,25 +88,25 @@ class Evidence:
 
         return max(methods, key=score)
 
-    def _learning_rates(self, source: str, method: str) -> list[Run]:
+    def _learning_rates(self, source: str, method: str, missing: float = 0.0) -> list[Run]:
         own = METHODS[method].candidates[1] if METHODS[method].own is not None else None
-        return [
-            Run(source, method, lr, DECAYS[1], own, TUNING_SEEDS[0], "validation", epochs=self.epochs) for lr in LRS
-        ]
+        options = {"missing": missing, "epochs": self.epochs_of(source)}
+        return [Run(source, method, lr, DECAYS[1], own, TUNING_SEEDS[0], "validation", **options) for lr in LRS]
 
-    def _rest(self, source: str, method: str) -> list[Run]:
+    def _rest(self, source: str, method: str, missing: float = 0.0) -> list[Run]:
         if self.quick:
             return []
-        best = max(self._learning_rates(source, method), key=self.validation)
+        best = max(self._learning_rates(source, method, missing), key=self.validation)
         if METHODS[method].own is not None:
             settings = [dataclasses.replace(best, own=own) for own in METHODS[method].candidates]
         else:
             settings = [dataclasses.replace(best, lr=round(best.lr * factor, 6)) for factor in FINER]
         return [dataclasses.replace(setting, weight_decay=decay) for setting in settings for decay in DECAYS]
 
-    def _finals(self, source: str, method: str) -> list[Run]:
+    def _finals(self, source: str, method: str, missing: float = 0.0) -> list[Run]:
         """The best trials, seed by seed."""
-        trials = dict.fromkeys(self._learning_rates(source, method) + self._rest(source, method))
+        case = (source, method, missing)
+        trials = dict.fromkeys(self._learning_rates(*case) + self._rest(*case))
         best = sorted(trials, key=self.validation, reverse=True)[: 1 if self.quick else FINALISTS]
         return [dataclasses.replace(run, seed=seed) for run in best for seed in self.tuning_seeds]
 
@@ -122,9 +130,9 @@ class Evidence:
     def final(self, source: str, method: str, **changes: object) -> list[Run]:
         return self.over_seeds(self.chosen(source, method), **changes)
 
-    def complete(self, runs: Sequence[Run], title: str, work: Callable[[Any], dict[str, Any]] | None = None) -> None:
+    def complete(self, runs: Sequence[Run], title: str, work: Callable[..., dict[str, Any]] | None = None) -> None:
         """work: as of `Results.complete`."""
-        self.results.complete(runs, title, self.workers, work)
+        self.results.complete(runs, title, self.workers, work, group)
 
     def values(self, runs: Sequence[Run], *path: str) -> list[float | None]:
         """A number of each run's result. None: the run diverged. NaN: it has none, as of a modality without samples."""

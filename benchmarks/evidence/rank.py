@@ -95,7 +95,7 @@ def execute(
         if run.alpha is None:
             model, optimizer = METHODS["alternating"].build(data, setting)
         else:
-            model, optimizer = build_mla(data, setting, rank=run.rank, **projection)
+            model, optimizer = build_mla(data, setting, rank=run.rank, alpha_scale=None, **projection)
     squares: list[torch.Tensor] = []
 
     def record(head: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:

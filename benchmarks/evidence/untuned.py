@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import statistics
 import time
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
-
 import mla_ext
-from mla_ext.multimodal.fit import NonFiniteLossError
 from mla_ext.multimodal.model import MultimodalModel
 
 from . import figures
 from .methods import METHODS
 from .protocol import DECAYS, LRS, MAIN, Evidence, modalities_of, name_of
 from .report import Table, percent
-from .runs import Run, load, trained
+from .runs import Run, Trained, load, train
 
 TOLERANCE_METHODS = ("concat", "late", "alternating", "slow-head", "igm", "released", "mla", "mla-rank")
 TOLERANCE_LRS = (*LRS, 0.3, 1.0)
@@ -34,23 +30,31 @@ class EndsRun(Run):
     ends: tuple[str, ...] = EPOCHS
 
 
-def measure(run: EndsRun) -> dict[str, Any]:
-    """The test accuracies at both epochs, and how long the training took."""
+@dataclasses.dataclass(frozen=True)
+class TimedRun(Run):
+    """A run of which only the time is told. It is trained alone."""
+
+    timed: bool = True
+
+
+def measure(run: EndsRun, trained: Trained | str | None = None) -> dict[str, Any]:
+    """The test accuracies at both epochs."""
     data = load(run.data, 0.0, 0)
-    last: dict[str, Tensor] = {}
+    trained = trained or train(run, data)
+    if isinstance(trained, str):
+        return {"diverged": trained}
+    best = accuracies(trained.model, data)
+    trained.model.load_state_dict(trained.last)
+    return {"best": best, "last": accuracies(trained.model, data)}
 
-    def keep(model: MultimodalModel, *_: object) -> None:  # `fit` ends by loading the best epoch over the last
-        last.update(copy.deepcopy(model.state_dict()))
 
+def timed(run: TimedRun) -> dict[str, Any]:
+    """Seconds of training and validation."""
+    data = load(run.data, 0.0, 0)
+    train(dataclasses.replace(run, epochs=1), data)  # what is done once is not counted
     started = time.perf_counter()
-    try:
-        model, _ = trained(run, data, lambda model: model.register_load_state_dict_pre_hook(keep))
-    except NonFiniteLossError as error:
-        return {"diverged": str(error).partition(":")[0]}
-    seconds = time.perf_counter() - started
-    best = accuracies(model, data)
-    model.load_state_dict(dict(last))
-    return {"best": best, "last": accuracies(model, data), "seconds": seconds}
+    train(run, data)
+    return {"seconds": time.perf_counter() - started}
 
 
 def accuracies(model: MultimodalModel, data: mla_ext.MultimodalData) -> dict[str, Any]:
@@ -61,7 +65,7 @@ def accuracies(model: MultimodalModel, data: mla_ext.MultimodalData) -> dict[str
 
 def untuned(e: Evidence, source: str, method: str, lr: float) -> list[EndsRun]:
     """A run for each seed, with everything but lr at its default."""
-    first = EndsRun(source, method, lr, DECAYS[1], METHODS[method].default, 0, epochs=e.epochs)
+    first = EndsRun(source, method, lr, DECAYS[1], METHODS[method].default, 0, epochs=e.epochs_of(source))
     return [dataclasses.replace(first, seed=seed) for seed in range(e.seeds)]
 
 
@@ -72,16 +76,19 @@ def mean(values: Sequence[float | None]) -> float:
 
 def table0(e: Evidence) -> None:
     """Defaults: one setting of each method for all data."""
+    first = e.sources[0]
 
     def sweep(method: str, lr: float) -> Run:
         own, seed = METHODS[method].default, e.tuning_seeds[0]
-        return Run(e.sources[0], method, lr, DECAYS[1], own, seed, "validation", epochs=e.epochs)
+        return Run(first, method, lr, DECAYS[1], own, seed, "validation", epochs=e.epochs_of(first))
 
     trials = [dataclasses.replace(sweep(m, lr), seed=seed) for m in MAIN for lr in LRS for seed in e.tuning_seeds]
     e.complete(trials, "table 0, one sweep of lr")
     lrs = {m: max(LRS, key=lambda lr, m=m: e.mean_validation(sweep(m, lr))) for m in MAIN}
     runs = {(s, m): untuned(e, s, m, lrs[m]) for s in e.sources for m in MAIN}
     e.complete([run for group in runs.values() for run in group], "table 0", measure)
+    times = {m: TimedRun(first, m, lrs[m], DECAYS[1], METHODS[m].default, 0, epochs=e.epochs_of(first)) for m in MAIN}
+    e.results.complete(times.values(), "table 0, seconds", 1, timed)
 
     names = [name_of(s) for s in e.sources]
     tables = []
@@ -92,10 +99,9 @@ def table0(e: Evidence) -> None:
             own = METHODS[m].own
             setting = f"lr {lrs[m]:g}" + ("" if own is None else f", {own} {METHODS[m].default:g}")
             cells = [percent(found[s, m]) for s in e.sources]
-            seconds = [second for s in e.sources for second in e.values(runs[s, m], "seconds") if second is not None]
-            taken = f"{statistics.mean(seconds):.1f}" if seconds else "-"
             worst, name = min((mean(found[s, m]) - mean(found[s, "alternating"]), name_of(s)) for s in e.sources)
-            rows.append([METHODS[m].title, setting, *cells, f"{worst:+.1f} {name}", taken])
+            seconds = e.results[times[m]]["seconds"]
+            rows.append([METHODS[m].title, setting, *cells, f"{worst:+.1f} {name}", f"{seconds:.1f}"])
         columns = ["method", "setting", *names, "worst difference from alternation", "seconds a run"]
         tables.append(Table(f"Test accuracy of all modalities together, {epoch} epoch", columns, rows))
     for s in e.sources:
@@ -110,8 +116,8 @@ def table0(e: Evidence) -> None:
     default of its own hyperparameter (its authors' where they give one), and the lr among
     {", ".join(f"{lr:g}" for lr in LRS)} with the best mean validation accuracy over {len(e.tuning_seeds)} seeds on
     {names[0]}. {e.seeds} other seeds, {e.epochs} epochs. Best epoch: the one best on the validation split. Values: mean
-    ± standard deviation over the seeds, in %. In differences a run that diverged counts as 0. Seconds: of training and
-    validation, one thread a run, {e.workers} runs at a time, the mean over all data."""
+    ± standard deviation over the seeds, in %. In differences a run that diverged counts as 0. Seconds: of one run alone
+    on {names[0]}, training and validation."""
     e.write("table0", "Table 0: defaults", text, tables)
 
 

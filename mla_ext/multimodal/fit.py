@@ -149,7 +149,7 @@ def fit(
     directory = None if out is None else Path(out)
 
     def epoch_steps(epoch: int) -> list[Step]:
-        return model.steps(data, batch_size, order, torch.Generator().manual_seed(_epoch_seed(seed, epoch)))
+        return model.steps(data, batch_size, order, torch.Generator().manual_seed(epoch_seed(seed, epoch)))
 
     _check_single_samples(model, data, (step for epoch in range(1, epochs + 1) for step in epoch_steps(epoch)))
     if directory is not None:
@@ -176,11 +176,11 @@ def fit(
         for epoch in range(first, epochs + 1):
             bar.set_description(f"epoch {epoch}/{epochs} on {device}")
             with explained(f"epoch {epoch}"), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-                torch.manual_seed(_epoch_seed(seed, epoch))
+                torch.manual_seed(epoch_seed(seed, epoch))
                 if reset_projection and isinstance(optimizer, ProjectedOptimizer):  # as checked above
                     optimizer.reset_projection()
                 training_loss, report, plasticity = training.epoch(
-                    epoch_steps(epoch), epoch, _epoch_seed(seed, epoch), bar
+                    epoch_steps(epoch), epoch, epoch_seed(seed, epoch), bar
                 )
             if not math.isfinite(report.loss):
                 raise NonFiniteLossError(f"validation loss is {report.loss} after epoch {epoch}: {_ADVICE}")
@@ -354,5 +354,5 @@ def _settings(model: MultimodalModel, optimizer: Optimizer, data: MultimodalData
     }
 
 
-def _epoch_seed(seed: int, epoch: int) -> int:
+def epoch_seed(seed: int, epoch: int) -> int:
     return (seed << 32) + epoch

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.optim import SGD
+from torch.optim import SGD, AdamW
 
-from mla_ext import MultimodalData, ProjectedSGD, SharedHeadModel
+from mla_ext import MultimodalData, ProjectedAdamW, ProjectedSGD, SharedHeadModel
 from mla_ext.multimodal.model import Logits
 
 from ...released import project_as_released
 from .common import ALPHA, BATCH_SIZE, MOMENTUM, Built, Setting, head_of
 
-ROWS = 64  # of P in the rank form
+ROWS = 16  # of P in the rank form, a quarter of the features
+ADAM = 0.1  # AdamW's learning rate, times that of the rows with SGD
 
 
 class MeanFused(SharedHeadModel):
@@ -35,16 +36,35 @@ def build_slow_head(data: MultimodalData, s: Setting) -> Built:
     return model, SGD(groups, lr=s.lr, momentum=MOMENTUM, weight_decay=s.weight_decay)
 
 
-def build_mla(data: MultimodalData, s: Setting, head_decay: float | None = None, **projection: object) -> Built:
-    """P is dense and alpha fixed, as the paper's, unless `projection` says otherwise."""
+def build_adamw(data: MultimodalData, s: Setting) -> Built:
     model = SharedHeadModel(s.encoders(data), head_of(data, s.width))
-    head = {"params": model.head.parameters(), "weight_decay": s.weight_decay if head_decay is None else head_decay}
-    fixed = {"alpha": s.own, "alpha_scale": None, "rank": None}
-    options = fixed | {"weight_decay": s.weight_decay} | projection
-    groups = [{"params": model.encoders.parameters()}, head]
-    optimizer = ProjectedSGD(groups, lr=s.lr, momentum=MOMENTUM, **options)
-    optimizer.attach(model.head)
+    return model, AdamW(model.parameters(), lr=ADAM * s.lr, weight_decay=s.weight_decay)
+
+
+def build_mla(data: MultimodalData, s: Setting, **projection: object) -> Built:
+    """P is dense and alpha in units of the features' scale, as in the package, unless `projection` says otherwise."""
+    model = SharedHeadModel(s.encoders(data), head_of(data, s.width))
+    options = {"alpha": s.own, "alpha_scale": "features", "rank": None} | projection
+    optimizer = ProjectedSGD(
+        model.parameters(), lr=s.lr, momentum=MOMENTUM, weight_decay=s.weight_decay, heads=[model.head], **options
+    )
     return model, optimizer
+
+
+def build_mla_fixed(data: MultimodalData, s: Setting) -> Built:
+    """The alpha of the paper, whatever the scale of the features."""
+    return build_mla(data, s, alpha_scale=None)
+
+
+def build_mla_update(data: MultimodalData, s: Setting) -> Built:
+    """Momentum and weight decay are projected, too."""
+    return build_mla(data, s, project="update")
+
+
+def build_mla_adamw(data: MultimodalData, s: Setting) -> Built:
+    model = SharedHeadModel(s.encoders(data), head_of(data, s.width))
+    options = {"lr": ADAM * s.lr, "weight_decay": s.weight_decay, "alpha": s.own}
+    return model, ProjectedAdamW(model.parameters(), rank=None, heads=[model.head], **options)
 
 
 def build_mla_rank(data: MultimodalData, s: Setting) -> Built:
@@ -57,11 +77,6 @@ def build_mla_before(data: MultimodalData, s: Setting) -> Built:
 
 def build_mla_forget(data: MultimodalData, s: Setting) -> Built:
     return build_mla(data, s, alpha=ALPHA, forget=s.own)
-
-
-def build_mla_undecayed(data: MultimodalData, s: Setting) -> Built:
-    """Weight decay comes after the projection: it shrinks what is protected, too, and no G P can restore that."""
-    return build_mla(data, s, head_decay=0.0)
 
 
 def build_released(data: MultimodalData, s: Setting) -> Built:

@@ -13,7 +13,7 @@ from mla_ext.multimodal.encoders import build_encoder
 from mla_ext.multimodal.model import MultimodalModel
 
 MOMENTUM = 0.9
-ALPHA = 0.1  # of the rows that do not choose it
+ALPHA = 0.1  # of the rows that do not choose it, as in the package
 BATCH_SIZE = 64
 
 
