@@ -22,7 +22,7 @@ from benchmarks.evidence.methods.qmf import QMF, confidence, rank_loss
 from benchmarks.evidence.runs import Results, Run, execute
 from benchmarks.released import project_as_released
 from benchmarks.speed import baselines
-from mla_ext import ConcatModel, MultimodalData, ProjectedSGD, fit, load_npz
+from mla_ext import ConcatModel, MultimodalData, ProjectedAdamW, ProjectedSGD, fit, load_npz
 from mla_ext.multimodal.model import Step
 
 SETTING = Setting(lr=0.02, weight_decay=1e-4, own=0.1, seed=0, epochs=2, width=8)
@@ -194,16 +194,29 @@ def test_mmin_imagines_from_what_it_sees(source):
 
 def test_mla_rows_differ_in_their_projection_only(source):
     data = load_npz(source).standardized()
-    found = {name: built(name, data)[1] for name in ("mla", "mla-before", "mla-forget", "mla-undecayed")}
+    names = ("mla", "mla-calibrated", "mla-fixed", "mla-rank", "mla-before", "mla-update", "mla-forget")
+    found = {name: built(name, data)[1] for name in names}
     assert all(isinstance(o, ProjectedSGD) for o in found.values())
-    settings = {n: {k: o.param_groups[1][k] for k in ("alpha", "absorb", "forget")} for n, o in found.items()}
-    assert settings["mla"] == {"alpha": 0.1, "absorb": "after", "forget": 0.0}
-    assert settings["mla-before"] == settings["mla"] | {"absorb": "before"}
-    assert settings["mla-forget"] == settings["mla"] | {"forget": 0.1}
-    assert settings["mla-undecayed"] == settings["mla"]
-    decays = {n: [group["weight_decay"] for group in o.param_groups] for n, o in found.items()}
-    assert decays.pop("mla-undecayed") == [1e-4, 0.0]
-    assert all(decay == [1e-4, 1e-4] for decay in decays.values())
+    settings = {n: {k: v for k, v in o.param_groups[0].items() if k != "params"} for n, o in found.items()}
+    mla = settings["mla"]
+    assert (mla["alpha"], mla["alpha_scale"], mla["rank"]) == (0.1, "features", None)
+    assert settings["mla-calibrated"] == mla
+    assert settings["mla-fixed"] == mla | {"alpha_scale": None}
+    assert settings["mla-rank"] == mla | {"rank": 16}
+    assert settings["mla-before"] == mla | {"absorb": "before"}
+    assert settings["mla-update"] == mla | {"project": "update"}
+    assert settings["mla-forget"] == mla | {"forget": 0.1}
+
+
+def test_adamw_rows_differ_in_their_projection_only(source):
+    data = load_npz(source).standardized()
+    plain, projected = (built(name, data)[1] for name in ("adamw", "mla-adamw"))
+    usual, ours = plain.param_groups[0], projected.param_groups[0]
+    assert isinstance(projected, ProjectedAdamW)
+    assert {k: ours[k] for k in ("lr", "betas", "eps", "weight_decay")} == {
+        k: usual[k] for k in ("lr", "betas", "eps", "weight_decay")
+    }
+    assert usual["lr"] == pytest.approx(0.1 * built("mla", data)[1].param_groups[0]["lr"])
 
 
 def test_the_released_projection_runs_as_written():
@@ -254,13 +267,13 @@ def test_a_run_is_what_fit_and_evaluate_give(source):
     run = Run(source, "concat", 0.02, 1e-3, None, 3, epochs=2)
     found = execute(run)
     data = runs.load(source, 0.0, 0)
-    model, history = runs.trained(run, data)
-    assert isinstance(model, ConcatModel)
-    expected = evaluate(model, data, "test")
+    trained = runs.train(run, data)
+    assert isinstance(trained.model, ConcatModel)
+    expected = evaluate(trained.model, data, "test")
     assert found["accuracy"] == expected.accuracy == found["fusions"]["joint"]
     assert found["modalities"] == {m: s.accuracy for m, s in expected.modalities.items()}
-    best = [record for record in history if record["best"]][-1]
-    assert found["epoch"] == best["epoch"]
+    assert found["epoch"] == trained.best + 1
+    assert found["validation"] == max(trained.validation)
     assert execute(run) == found
 
 
@@ -282,7 +295,7 @@ def test_every_method_gets_fifteen_trials_and_the_best_is_chosen(source, tmp_pat
         luck = 1e-3 if run.seed == 1000 and run.weight_decay == 1e-3 else 0.0  # more than weight decay costs
         return {"validation": 1 - abs(run.lr - 0.05) - run.weight_decay - 0.01 * own + luck}
 
-    monkeypatch.setattr(runs, "execute", execute)
+    monkeypatch.setattr(runs, "perform", lambda unit, work: [execute(run) for run in unit])
     results = Results(tmp_path / "runs.jsonl")
     evidence = experiments.Evidence([source], results, tmp_path, seeds=2, epochs=1, workers=1)
     evidence.tune(METHODS)

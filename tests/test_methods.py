@@ -298,7 +298,7 @@ def test_mla_is_dense_and_the_rank_form_has_rows(data):
     for name in ("mla", "mla-rank"):
         model, optimizer = built(name, data)
         stepped(model, optimizer, data, batch(data, (data.modalities[0],)))
-        forms[name] = optimizer.param_groups[1]["rank"], optimizer.projection(model.head.weight)
-    assert [rank for rank, _ in forms.values()] == [None, 64]
+        forms[name] = optimizer.param_groups[0]["rank"], optimizer.projection(model.head.weight)
+    assert [rank for rank, _ in forms.values()] == [None, 16]
     torch.testing.assert_close(forms["mla"][1], forms["mla-rank"][1])  # exact until the rows are full
     assert not torch.equal(forms["mla"][1], torch.eye(8))

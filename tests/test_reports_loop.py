@@ -247,7 +247,7 @@ def test_evidence_without_test_samples(tmp_path, monkeypatch):
     """Kind of 15: refused before training."""
     data = make_data()
     path = save_npz(tmp_path / "a.npz", dataclasses.replace(data, split=data.split.clamp(max=1)))
-    monkeypatch.setattr(runs, "trained", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(runs, "train", lambda *_: pytest.fail("trained"))
     with pytest.raises(ValueError, match="expected test samples"):
         runs.execute(runs.Run(str(path), "mla", 0.01, 0.0, 0.1, 0, epochs=1))
 

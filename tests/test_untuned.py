@@ -8,12 +8,12 @@ import pytest
 from evidence_data import write_data
 
 from benchmarks.evidence import __main__ as command
-from benchmarks.evidence import protocol, runs, untuned
+from benchmarks.evidence import protocol, runs
 from benchmarks.evidence.methods import METHODS
 from benchmarks.evidence.protocol import MAIN, Evidence
 from benchmarks.evidence.ranking import bootstrap, ranking
 from benchmarks.evidence.runs import Results, Run, execute
-from benchmarks.evidence.untuned import EndsRun, measure, table0, tolerance
+from benchmarks.evidence.untuned import EndsRun, TimedRun, measure, table0, timed, tolerance
 
 
 @pytest.fixture
@@ -45,11 +45,14 @@ def test_both_ends_of_a_run(sources):
         shorter = dataclasses.replace(run, epochs=epochs)
         found, expected = measure(shorter), execute(usual(shorter))
         assert found["best"] == {"together": expected["accuracy"], "modalities": expected["modalities"]}
-        assert found["seconds"] > 0
         last[epochs] = found["last"]
         # The first epochs of a longer run are a shorter run: its best epoch is the last of one that ends there.
         assert last[expected["epoch"]] == found["best"]
     assert "nan" in measure(EndsRun(sources[0], "qmf", 1e4, 1e-4, 0.1, 0, epochs=2))["diverged"]
+
+
+def test_a_timed_run_tells_seconds(sources):
+    assert 0 < timed(TimedRun(sources[0], "concat", 0.1, 1e-3, None, 0, epochs=1))["seconds"] < 60
 
 
 def fake(monkeypatch, accuracy):
@@ -61,10 +64,14 @@ def fake(monkeypatch, accuracy):
             return {"diverged": "nan"}
         alone = {m: together / 2 for m in runs.load(run.data, 0.0, 0).modalities}
         last = {"together": together - 0.1, "modalities": alone}
-        return {"best": {"together": together, "modalities": alone}, "last": last, "seconds": 2.0}
+        return {"best": {"together": together, "modalities": alone}, "last": last}
 
-    monkeypatch.setattr(untuned, "measure", both)
-    monkeypatch.setattr(runs, "execute", lambda run: {"validation": 1 - abs(run.lr - 0.01)})
+    def made(run):
+        if isinstance(run, TimedRun):
+            return {"seconds": 2.0}
+        return both(run) if isinstance(run, EndsRun) else {"validation": 1 - abs(run.lr - 0.01)}
+
+    monkeypatch.setattr(runs, "perform", lambda unit, work: [made(run) for run in unit])
 
 
 def test_table0_has_one_setting_a_method_from_one_sweep_on_one_set(sources, tmp_path, monkeypatch):
@@ -81,13 +88,14 @@ def test_table0_has_one_setting_a_method_from_one_sweep_on_one_set(sources, tmp_
     assert {run["data"] for run in trials} == {"pairs"}
     assert len(trials) == len(MAIN) * len(protocol.LRS) * len(protocol.TUNING_SEEDS)
     final = [run for run in made if run["split"] == "test"]
+    assert {run["data"] for run in final if "timed" in run} == {"pairs"}
     assert {(run["lr"], run["weight_decay"]) for run in final} == {(0.01, 1e-3)}
     assert all(run["own"] == METHODS[run["method"]].default for run in made)
     page = (tmp_path / "out" / "table0.md").read_text(encoding="utf-8")
     best = cells(page, "Test accuracy of all modalities together, best epoch")
     assert best["MLA"] == ["lr 0.01, alpha 0.1", "50.5 ± 0.7", "30.5 ± 0.7", "-20.0 triples", "2.0"]
     assert best["QMF"][:3] == ["lr 0.01, rank weight 0.1", *["diverged in 2 of 2"] * 2]
-    assert best["QMF"][3].startswith("-50.5") and best["QMF"][4] == "-"
+    assert best["QMF"][3].startswith("-50.5") and best["QMF"][4] == "2.0"
     assert best["Alternation alone"][-2].startswith("+0.0")
     last = cells(page, "Test accuracy of all modalities together, last epoch")
     assert last["Concat"][1:3] == ["40.5 ± 0.7"] * 2
@@ -154,7 +162,7 @@ def test_the_ranking_says_who_wins(sources, tmp_path, monkeypatch, better, words
             return {"validation": 0.5}
         return {"accuracy": 0.5 + 0.01 * run.seed + (better if run.method == "mla" else 0.0)}
 
-    monkeypatch.setattr(runs, "execute", execute)
+    monkeypatch.setattr(runs, "perform", lambda unit, work: [execute(run) for run in unit])
     ranking(evidence(sources, tmp_path, quick=True))
     page = (tmp_path / "out" / "ranking.md").read_text(encoding="utf-8")
     assert words in page
