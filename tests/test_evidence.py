@@ -412,11 +412,12 @@ def test_means_of_sums_leave_out_what_is_missing(source):
 # ---- The command -----------------------------------------------------------------------------------------------------
 
 
-def test_one_command_makes_every_table_without_an_empty_cell(tmp_path):
+def test_one_command_makes_every_table_without_an_empty_cell(tmp_path, capsys):
     pairs, triples = write_data(tmp_path / "pairs.npz"), write_data(tmp_path / "triples.npz", 3)
     arguments = ["--data", pairs, triples, "--quick", "--epochs", "1", "--workers", "1"]
     arguments += ["--runs", str(tmp_path / "runs.jsonl"), "--out", str(tmp_path / "out")]
     assert command.main(["all", *arguments]) == 0
+    runs_expected = int(re.match(r"About (\d+) runs, 0 of them done: \d+ minutes", capsys.readouterr().out)[1])
     pages = {path.name: path for path in (tmp_path / "out").iterdir()}
     for name in experiments.EXPERIMENTS:
         page = pages[f"{name}.md"].read_text(encoding="utf-8")
@@ -430,6 +431,7 @@ def test_one_command_makes_every_table_without_an_empty_cell(tmp_path):
     assert {"table1.png", "figure3.png", "curves.png", "gap.png", "entropy.png", "runs.jsonl.xz"} <= pages.keys()
     assert "tolerance.png" in pages
     lines = (tmp_path / "runs.jsonl").read_text().splitlines()
+    assert 0.85 < len(lines) / runs_expected < 1.15
     table = pages["table1.md"].read_text(encoding="utf-8")
     assert all(re.search(rf"\| {re.escape(m.title)} \|", table) for k, m in METHODS.items() if "shared" not in k)
     assert command.main(["all", *arguments]) == 0  # nothing is left to run

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .. import RESULTS
+from .estimate import estimate
 from .experiments import EXPERIMENTS, everything
 from .protocol import Evidence
 from .runs import EPOCHS, Results, load, workers
@@ -52,7 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--data: {error}")
     results = Results(arguments.runs)
     options = (arguments.seeds, arguments.epochs, arguments.workers, arguments.quick)
-    commands[arguments.what](Evidence(arguments.data, results, arguments.out, *options))
+    evidence = Evidence(arguments.data, results, arguments.out, *options)
+    if arguments.what == "all":
+        print(estimate(evidence), flush=True)
+    commands[arguments.what](evidence)
     print(f"written to {arguments.out}")
     return 0
 
