@@ -17,7 +17,7 @@ from .experiments import EXPERIMENTS, everything
 from .protocol import Evidence
 from .runs import EPOCHS, Results, load, workers
 
-QUICK_EPOCHS = 10
+QUICK_EPOCHS = 8
 FULL = {"seeds": 5, "epochs": EPOCHS, "runs": Path("runs/evidence.jsonl"), "out": RESULTS / "evidence"}
 QUICK = {"seeds": 2, "epochs": QUICK_EPOCHS, "runs": Path("runs/quick.jsonl"), "out": Path("build/evidence-quick")}
 
@@ -29,7 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("what", choices=commands, help="which table, figure or question; all: every one")
     parser.add_argument("--data", nargs="+", default=["digits"], help='files, or "digits" for the built-in data')
-    parser.add_argument("--quick", action="store_true", help="2 seeds, 4 trials, 10 epochs: a look, no evidence")
+    parser.add_argument(
+        "--quick", action="store_true", help=f"2 seeds, 4 trials, {QUICK_EPOCHS} epochs: a look, no evidence"
+    )
     parser.add_argument("--seeds", type=int, help="runs of each setting, at least 2 (default 5; quick 2)")
     parser.add_argument("--epochs", type=int, help=f"of every run (default {EPOCHS}; quick {QUICK_EPOCHS})")
     parser.add_argument("--workers", type=int, default=workers(), help="runs at a time (default: one a core)")

@@ -14,7 +14,7 @@ from .report import Table, write
 from .runs import Results, Run, group, load
 
 MAIN = tuple(name for name in METHODS if not name.endswith("-shared"))  # the rows of the tables
-MOST_BATCHES = 900  # of one run
+MOST_BATCHES, QUICK_BATCHES = 900, 250  # of one run
 LRS = (0.003, 0.01, 0.03, 0.1)
 FINER = (0.35, 0.6, 1.0, 1.7)  # times the best of LRS
 DECAYS = (1e-4, 1e-3, 1e-2)
@@ -57,7 +57,7 @@ class Evidence:
     def epochs_of(self, source: str) -> int:
         """As many as `epochs`, or the most that take no more than MOST_BATCHES."""
         batches = -(-len(load(source, 0.0, 0).indices("train")) // BATCH_SIZE)
-        return max(1, min(self.epochs, MOST_BATCHES // batches))
+        return max(1, min(self.epochs, (QUICK_BATCHES if self.quick else MOST_BATCHES) // batches))
 
     @property
     def label(self) -> str:
