@@ -29,9 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("what", choices=commands, help="which table, figure or question; all: every one")
     parser.add_argument("--data", nargs="+", default=["digits"], help='files, or "digits" for the built-in data')
-    parser.add_argument(
-        "--quick", action="store_true", help=f"2 seeds, 4 trials, {QUICK_EPOCHS} epochs: a look, no evidence"
-    )
+    parser.add_argument("--quick", action="store_true", help="2 seeds, 4 trials, fewer epochs: a look, no evidence")
     parser.add_argument("--seeds", type=int, help="runs of each setting, at least 2 (default 5; quick 2)")
     parser.add_argument("--epochs", type=int, help=f"of every run (default {EPOCHS}; quick {QUICK_EPOCHS})")
     parser.add_argument("--workers", type=int, default=workers(), help="runs at a time (default: one a core)")
