@@ -15,6 +15,7 @@ import torch
 from helpers import run
 
 import mla_ext
+from mla_ext import _library
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -114,7 +115,7 @@ def test_metadata(wheel):
     assert metadata["Requires-Python"] == ">=3.10"
     assert metadata["Summary"]
     required = [value for value in metadata.get_all("Requires-Dist") if "extra ==" not in value]
-    assert required == ["torch>=2.10", "numpy", "tqdm"]
+    assert required == ["torch>=2.4", "numpy", "tqdm"]
     assert set(metadata.get_all("Provides-Extra")) == {"demo", "prepare", "test", "lint", "docs", "vision", "text"}
     entry_points = archive.read(name.replace("METADATA", "entry_points.txt")).decode()
     assert entry_points.split() == ["[console_scripts]", "mla-ext", "=", "mla_ext.multimodal.cli:main"]
@@ -164,17 +165,32 @@ def fake_torch(folder, version, cuda=None):
     write(folder / "torch" / "version.py", f"__version__ = {version!r}\ncuda = {cuda!r}")
 
 
-def fails_to_build(unpacked, tmp_path, **environment):
+def fails_to_build(unpacked, tmp_path, mode="require", **environment):
     """What the build prints when it cannot be done, with tmp_path ahead of the installed packages."""
-    result = run(sys.executable, "setup.py", "build_ext", cwd=unpacked, PYTHONPATH=str(tmp_path), **environment)
+    environment |= {"PYTHONPATH": str(tmp_path), "MLA_EXT_BUILD": mode}
+    result = run(sys.executable, "setup.py", "build_ext", cwd=unpacked, **environment)
     assert result.returncode != 0
     assert "Traceback" not in result.stderr
     return result.stderr
 
 
+def installs_without_kernels(unpacked, tmp_path, **environment):
+    """What the build writes into _build.json where something is missing; it has said the same."""
+    build = tmp_path / "build"
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", build]
+    result = run(*command, cwd=unpacked, PYTHONPATH=str(tmp_path), **{"MLA_EXT_BUILD": "auto", **environment})
+    assert result.returncode == 0, result.stderr
+    (note,) = (path for path in build.rglob("*") if path.is_file())
+    assert note.relative_to(build) == Path("mla_ext/_build.json")
+    (missing,) = json.loads(note.read_text()).values()
+    assert result.stderr.count("mla_ext: installing without the compiled kernels") == 1
+    assert f"To have them: {missing}" in result.stderr and "MLA_EXT_BUILD=require" in result.stderr
+    return missing
+
+
 def test_build_without_torch_says_so_through_pip(unpacked, tmp_path):
     write(tmp_path / "sitecustomize.py", "import sys; sys.modules['torch'] = None")
-    result = build_wheel(unpacked, tmp_path / "wheel", PYTHONPATH=str(tmp_path))
+    result = build_wheel(unpacked, tmp_path / "wheel", PYTHONPATH=str(tmp_path), MLA_EXT_BUILD="require")
     assert result.returncode != 0
     output = result.stdout + result.stderr
     assert "Traceback" not in output
@@ -187,11 +203,46 @@ def test_build_with_an_old_torch(unpacked, tmp_path):
     output = fails_to_build(unpacked, tmp_path)
     assert "mla_ext: building needs PyTorch >= 2.10, but" in output
     assert "has 2.9.1+cpu; run `pip install --upgrade torch`" in output
+    missing = installs_without_kernels(unpacked, tmp_path)
+    assert missing in " ".join(output.split()) and missing.endswith("run `pip install --upgrade torch`.")
 
 
 def test_build_without_a_compiler(unpacked, tmp_path):
     output = fails_to_build(unpacked, tmp_path, CXX="/nonexistent/c++")
     assert "mla_ext: building needs a C++17 compiler and found none that works; install g++ or clang++" in output
+    assert "found none that works" in fails_to_build(unpacked, tmp_path, "auto", CXX="/nonexistent/c++")  # it was named
+    missing = installs_without_kernels(unpacked, tmp_path, PATH=str(tmp_path), CXX="")
+    assert missing.startswith("building needs a C++17 compiler, and none was found; install g++ or clang++")
+
+
+def test_a_compiler_that_rejects_the_sources(unpacked, tmp_path):
+    """It is there, so nothing is quietly left out."""
+    compiler = tmp_path / "c++"
+    write(compiler, '#!/bin/sh\ncase "$*" in *csrc*) echo no such thing >&2; exit 1;; esac\nexec c++ "$@"\n')
+    compiler.chmod(0o755)
+    output = fails_to_build(unpacked, tmp_path, "auto", MLA_EXT_CUDA="off", CXX=str(compiler))
+    assert "mla_ext: the compilation failed" in output and "MLA_EXT_BUILD=off installs without" in output
+
+
+def test_an_unknown_build_mode(unpacked, tmp_path):
+    output = fails_to_build(unpacked, tmp_path, "yes")
+    assert "mla_ext: MLA_EXT_BUILD: expected auto, require or off, got 'yes'" in output
+
+
+def test_who_asks_for_cuda_requires_a_build(unpacked, tmp_path):
+    fake_torch(tmp_path, "2.9.1+cpu")
+    output = fails_to_build(unpacked, tmp_path, "auto", MLA_EXT_CUDA="on")
+    assert "mla_ext: building needs PyTorch >= 2.10, but" in output
+
+
+def test_a_wheel_without_kernels(unpacked, tmp_path):
+    """It needs no compiler, fits every platform, and holds the Python part alone."""
+    result = build_wheel(unpacked, tmp_path / "wheel", MLA_EXT_BUILD="off", PATH=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    (wheel,) = (tmp_path / "wheel").iterdir()
+    assert wheel.name == "mla_ext-0.1.0-py3-none-any.whl"
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert names == python_files(ROOT) | {"mla_ext/py.typed"}
 
 
 @pytest.mark.parametrize("tool", ["cmake", "ninja"])
@@ -202,6 +253,7 @@ def test_build_without_tool(unpacked, tmp_path, tool):
     write(tmp_path / "sitecustomize.py", hide)
     output = fails_to_build(unpacked, tmp_path)
     assert f"mla_ext: building needs {tool}, which was not found; run `pip install {tool}`" in output
+    assert installs_without_kernels(unpacked, tmp_path).startswith(f"building needs {tool}, which was not found")
 
 
 def test_build_with_cuda_but_no_nvcc(unpacked, tmp_path):
@@ -229,9 +281,9 @@ def test_build_with_an_unknown_gpu_architecture(unpacked, tmp_path):
 
 
 def test_import_with_an_old_torch(installed, tmp_path):
-    fake_torch(tmp_path, "2.9.1+cpu")
+    fake_torch(tmp_path, "2.3.1+cpu")
     result = python("import mla_ext", tmp_path, installed)
-    assert "ImportError: mla_ext needs PyTorch >= 2.10, but 2.9.1+cpu is installed" in result.stderr
+    assert "ImportError: mla_ext needs PyTorch >= 2.4, but 2.3.1+cpu is installed" in result.stderr
 
 
 USE_REFERENCE = """
@@ -260,6 +312,44 @@ def test_unbuilt_checkout_works_on_the_reference_and_warns_once(tmp_path):
     reason = f"{tmp_path / 'mla_ext'} holds no compiled library with its _build.json; run `pip install -e {tmp_path}`"
     assert f"RuntimeWarning: mla_ext runs on its slower PyTorch reference: {reason}" in result.stderr
     assert reason in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("version", "facts", "reason"),
+    [
+        (
+            "2.4.1+cu121",
+            {},
+            "need PyTorch >= 2.10, and 2.4.1+cu121 is installed; run `pip install --upgrade torch`, then ",
+        ),
+        ("2.9.1", {"torch": "2.13.0"}, "and 2.9.1 is installed; run `pip install --upgrade torch`"),
+        (
+            "2.13.0",
+            {"missing": "no compiler; install one."},
+            "without its compiled kernels: no compiler; install one, then ",
+        ),
+        ("2.10.0", {}, "holds no compiled library"),
+        ("2.10.0", {"torch": "2.13.0"}, None),
+        ("nightly", {"torch": "2.13.0"}, None),
+    ],
+)
+def test_whether_there_are_kernels_to_load(version, facts, reason):
+    found = _library.nothing_to_load(facts, version)
+    assert found is None if reason is None else reason in found
+
+
+def test_an_installation_without_kernels_says_so_at_first_use(tmp_path):
+    """Not at import, and not again; the note of the build tells why."""
+    copy_without_libraries(tmp_path)
+    note = {"missing": "building needs a C++17 compiler, and none was found; install g++ or clang++."}
+    (tmp_path / "mla_ext" / "_build.json").write_text(json.dumps(note))
+    result = python("import mla_ext, mla_ext.multimodal.cli", tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
+    result = python(USE_REFERENCE, tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("Warning: ") == 1
+    assert "without its compiled kernels: building needs a C++17 compiler, and none was found" in result.stderr
+    assert "install g++ or clang++, then install mla_ext again in this environment" in result.stdout
 
 
 def truncated(library, facts):
