@@ -15,8 +15,11 @@ from typing import Any
 
 import torch  # first: the libraries are linked to what this loads
 
+from .links import see
+
 MINIMUM_TORCH = (2, 10)
 PACKAGE = Path(__file__).resolve().parent
+_MORE = see("install#when-something-is-missing")
 
 
 def check_torch(version: str) -> None:
@@ -24,7 +27,7 @@ def check_torch(version: str) -> None:
     release = re.match(r"(\d+)\.(\d+)", version)
     if release and tuple(map(int, release.groups())) < MINIMUM_TORCH:
         raise ImportError(
-            f"mla_ext needs PyTorch >= 2.10, but {version} is installed; run `pip install --upgrade torch`"
+            f"mla_ext needs PyTorch >= 2.10, but {version} is installed; run `pip install --upgrade torch`" + _MORE
         )
 
 
@@ -76,7 +79,7 @@ def load() -> tuple[ModuleType | None, str | None]:
             return importlib.import_module("mla_ext._C"), None
         except (ImportError, OSError) as failure:
             reason = describe(failure)
-    warnings.warn(f"mla_ext runs on its slower PyTorch reference: {reason}", RuntimeWarning, stacklevel=2)
+    warnings.warn(f"mla_ext runs on its slower PyTorch reference: {reason}{_MORE}", RuntimeWarning, stacklevel=2)
     return None, reason
 
 
@@ -94,7 +97,7 @@ def load_cuda() -> str | None:
         return None
     except OSError as failure:
         reason = describe(failure)
-    warnings.warn(f"mla_ext runs without its CUDA kernels: {reason}", RuntimeWarning, stacklevel=2)
+    warnings.warn(f"mla_ext runs without its CUDA kernels: {reason}{_MORE}", RuntimeWarning, stacklevel=2)
     return reason
 
 

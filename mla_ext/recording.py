@@ -13,12 +13,15 @@ from torch.utils.hooks import RemovableHandle
 
 from .checks import WEIGHT_DTYPES
 from .layers import patch_mean
+from .links import see
 from .observation import Observation
 
 if TYPE_CHECKING:
     from .projected import ProjectedOptimizer
 
 __all__ = ["Handles", "Link", "Recorder"]
+
+_NO_FEATURES = see("troubleshooting#a-head-without-features")
 
 
 class Handles:
@@ -81,7 +84,7 @@ class Recorder:
                 warnings.warn(
                     "the features that an attached head was fed cannot be recorded, so its P does not learn of them: "
                     f"expected {_expected(head, self.weight)} on {self.weight.device}, got a "
-                    f"{type(features).__name__}; said once",
+                    f"{type(features).__name__}; said once{_NO_FEATURES}",
                     stacklevel=2,
                 )
             return
@@ -105,7 +108,7 @@ class Recorder:
             self.has_starved = True
             warnings.warn(
                 "an attached weight has gradients and no features, so its P stays as it is: its head is in evaluation "
-                "mode, or the weight is used outside the head that was attached",
+                "mode, or the weight is used outside the head that was attached" + _NO_FEATURES,
                 stacklevel=6,
             )
 

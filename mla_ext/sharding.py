@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeGuard, cast
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .links import see
+
 __all__ = ["check_ranks", "check_sharding", "local_shard", "local_shards", "whole"]
 
 if TYPE_CHECKING:
@@ -29,7 +31,7 @@ def check_ranks(process_group: Any) -> None:
         if type(frame.f_locals.get("self")).__name__ == "ZeroRedundancyOptimizer":
             raise ValueError(
                 "process_group: expected 'local' in a ZeroRedundancyOptimizer, whose ranks step different parameters, "
-                f"got {process_group!r}"
+                f"got {process_group!r}{see('distributed#zeroredundancyoptimizer')}"
             )
         frame = frame.f_back
 
@@ -40,7 +42,10 @@ def check_sharding(name: str, weight: Tensor) -> None:
         from torch.distributed.tensor import Replicate, Shard
 
         if any(placement not in (Shard(0), Replicate()) for placement in weight.placements):
-            raise ValueError(f"{name}: expected a weight sharded along dimension 0 only, got {weight.placements}")
+            raise ValueError(
+                f"{name}: expected a weight sharded along dimension 0 only, got {weight.placements}"
+                + see("distributed#fsdp2")
+            )
 
 
 def local_shards(weight: Tensor, grad: Tensor, momentum_buffer: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

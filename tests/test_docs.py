@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pages import anchors, prose
 
 import mla_ext
 from mla_ext import backends
@@ -84,17 +85,6 @@ def test_commands_exist(block):
 def test_a_command_that_does_not_exist_is_seen(line):
     with pytest.raises(AssertionError):
         check_command(line)
-
-
-def prose(text):
-    """A page without its blocks of code."""
-    return re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
-
-
-def anchors(text):
-    """The names that links give to the headings of a page, as on GitHub."""
-    headings = re.findall(r"^#+ +(.+?) *$", prose(text), flags=re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def dead_links(page, text):
