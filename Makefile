@@ -8,7 +8,7 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check install --quiet --constraint $(CONSTRAINTS)
 NATIVE = $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-rare lint format bench evidence evidence-quick rank docs audit install-matrix fuzz faults numerics gpu-check clean
+.PHONY: demo test test-rare lint format bench evidence evidence-quick rank docs docs-version audit install-matrix fuzz faults numerics gpu-check clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/mla-ext demo
@@ -61,6 +61,14 @@ rank: $(VENV)/.installed
 # The pages of docs/ with the docstrings, as build/site/index.html.
 docs: $(VENV)/.installed
 	$(RUN) -m mkdocs build --strict --quiet
+
+# The same as one version of several, with a menu to choose by, committed to the branch gh-pages. "latest" is the newest.
+# `$(VENV)/bin/mike serve` shows it.
+docs-version: docs
+	$(PIP) mike
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(VENV)/bin/mike deploy --update-aliases \
+	  "$$($(RUN) -c 'import mla_ext; print(mla_ext.__version__)')" latest
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(VENV)/bin/mike set-default latest
 
 # Known vulnerabilities of what is installed. Fails where a package could not be looked up, as without a network. The tests
 # before it need no network: they show that the same command finds what a list of advisories holds.

@@ -15,9 +15,12 @@ from typing import Any
 
 import torch  # first: the libraries are linked to what this loads
 
+from .links import see
+
 MINIMUM_TORCH = (2, 4)
 KERNELS_TORCH = (2, 10)  # the first whose stable ABI has all that the libraries use
 PACKAGE = Path(__file__).resolve().parent
+_MORE = see("install#when-something-is-missing")
 
 
 def is_older(version: str, minimum: tuple[int, int]) -> bool:
@@ -30,7 +33,7 @@ def check_torch(version: str) -> None:
     """Raises ImportError for a PyTorch that lacks what the Python part uses."""
     if is_older(version, MINIMUM_TORCH):
         raise ImportError(
-            f"mla_ext needs PyTorch >= 2.4, but {version} is installed; run `pip install --upgrade torch`"
+            f"mla_ext needs PyTorch >= 2.4, but {version} is installed; run `pip install --upgrade torch`" + _MORE
         )
 
 
@@ -112,7 +115,7 @@ def load_cuda() -> str | None:
         return None
     except OSError as failure:
         reason = describe(failure)
-    warnings.warn(f"mla_ext runs without its CUDA kernels: {reason}", RuntimeWarning, stacklevel=2)
+    warnings.warn(f"mla_ext runs without its CUDA kernels: {reason}{_MORE}", RuntimeWarning, stacklevel=2)
     return reason
 
 
@@ -128,4 +131,4 @@ def say_once(device_type: str) -> None:
     reason = {"cpu": load_error, "cuda": cuda_load_error}.get(device_type)
     if reason is not None and device_type not in _said:
         _said.add(device_type)
-        warnings.warn(f"mla_ext runs on its slower PyTorch reference: {reason}", RuntimeWarning, stacklevel=3)
+        warnings.warn(f"mla_ext runs on its slower PyTorch reference: {reason}{_MORE}", RuntimeWarning, stacklevel=3)

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .links import see
 from .projection import Projection
 from .reference import Hyperparameters, accumulate_dtype
 from .step import HeadStep
@@ -37,6 +38,8 @@ __all__ = [
 ]
 
 WEIGHT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_WHICH_ALPHA = see("troubleshooting#which-alpha")
+_WHICH_RANK = see("rank#what-it-gives-and-takes")
 
 
 def describe(value: Any) -> str:
@@ -101,23 +104,26 @@ def check_nonempty(name: str, value: Tensor) -> None:
         raise ValueError(f"{name}: expected at least one element in every dimension, got {describe(value)}")
 
 
-def check_number(name: str, value: Any, condition: str, holds: Any) -> None:
-    """A finite number for which `holds(value)`; a tensor must be 0-d floating, and its value is not read (no sync)."""
+def check_number(name: str, value: Any, condition: str, holds: Any, more: str = "") -> None:
+    """A finite number for which `holds(value)`; a tensor must be 0-d floating, and its value is not read (no sync).
+
+    `more` ends the message.
+    """
     if type(value) is float and math.isfinite(value) and holds(value):
         return  # the quick way for what is called every step
     if isinstance(value, Tensor):
         if value.numel() != 1 or not value.is_floating_point():
-            raise TypeError(f"{name}: expected a number or a one-element floating tensor, got {describe(value)}")
+            raise TypeError(f"{name}: expected a number or a one-element floating tensor, got {describe(value)}{more}")
         return
     condition = f" {condition}" if condition else ""
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name}: expected a number{condition}, got {describe(value)}")
+        raise TypeError(f"{name}: expected a number{condition}, got {describe(value)}{more}")
     try:
         is_finite = math.isfinite(value)
     except OverflowError:  # an integer beyond any float
         is_finite = False
     if not (is_finite and holds(value)):
-        raise ValueError(f"{name}: expected a finite number{condition}, got {value!r}")
+        raise ValueError(f"{name}: expected a finite number{condition}, got {value!r}{more}")
 
 
 def check_hyperparameters(hyper: Hyperparameters) -> None:
@@ -125,7 +131,7 @@ def check_hyperparameters(hyper: Hyperparameters) -> None:
     check_number("momentum", hyper.momentum, ">= 0", lambda v: v >= 0)
     check_number("dampening", hyper.dampening, "", lambda v: True)
     check_number("weight_decay", hyper.weight_decay, ">= 0", lambda v: v >= 0)
-    check_number("alpha", hyper.alpha, "> 0", lambda v: v > 0)
+    check_number("alpha", hyper.alpha, "> 0", lambda v: v > 0, _WHICH_ALPHA)
     check_number("forget", hyper.forget, "in [0, 1]", lambda v: 0 <= v <= 1)
     if hyper.absorb not in ("after", "before"):
         raise ValueError(f"absorb: expected 'after' or 'before', got {hyper.absorb!r}")
@@ -258,14 +264,17 @@ def check_options(options: dict[str, Any], differentiable: bool, process_group: 
 
 def check_alpha_scale(alpha_scale: Any) -> None:
     if alpha_scale is not None and alpha_scale != "features":
-        raise ValueError(f"alpha_scale: expected 'features' or None, got {alpha_scale!r}")
+        raise ValueError(f"alpha_scale: expected 'features' or None, got {alpha_scale!r}{_WHICH_ALPHA}")
 
 
 def check_rank(rank: Any, normalize: bool) -> None:
     is_number = isinstance(rank, int) and not isinstance(rank, bool)
     if not (rank is None or rank == "auto" or is_number):
-        raise TypeError(f"rank: expected 'auto', None or a number of rows, got {describe(rank)}")
+        raise TypeError(f"rank: expected 'auto', None or a number of rows, got {describe(rank)}{_WHICH_RANK}")
     if is_number and rank < 2:
-        raise ValueError(f"rank: expected at least 2 rows, got {rank}")
+        raise ValueError(f"rank: expected at least 2 rows, got {rank}{_WHICH_RANK}")
     if is_number and normalize:
-        raise ValueError(f"normalize: expected False with rank={rank}, whose norm is not at hand; use rank=None")
+        raise ValueError(
+            f"normalize: expected False with rank={rank}, whose norm is not at hand; use rank=None"
+            + see("rank#what-it-cannot-do")
+        )

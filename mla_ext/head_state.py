@@ -16,10 +16,12 @@ from torch import Tensor
 from .backends import Backend
 from .checks import describe, fits, has_momentum
 from .layers import row_size
+from .links import see
 from .projection import Projection
 from .reference import Hyperparameters, accumulate_dtype
 
 __all__ = [
+    "DOES_NOT_FIT",
     "MOMENTS",
     "check",
     "dtypes_of",
@@ -34,6 +36,7 @@ __all__ = [
 PARTS = ("base", "beta", "rows", "count", "nu")
 MOMENTS = ("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")  # as torch names SGD's and AdamW's
 BEFORE_0_2 = "projection"  # what "base" was called, when it was the whole of P
+DOES_NOT_FIT = see("troubleshooting#a-checkpoint-that-does-not-fit")
 
 
 def has_projection(state: Mapping[str, Any]) -> bool:
@@ -76,7 +79,9 @@ def check(state: dict[str, Any], weight: Tensor, with_bias: bool = False) -> Non
             is_fine = value is None or isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
         if not is_fine:
             what = "a momentum buffer" if name in MOMENTS else "a projection"
-            raise ValueError(f"state_dict: expected {what} for {describe(weight)}, got {describe(value)} as {name}")
+            raise ValueError(
+                f"state_dict: expected {what} for {describe(weight)}, got {describe(value)} as {name}{DOES_NOT_FIT}"
+            )
 
 
 def form_of(group: dict[str, Any], s: int, backend: Backend) -> int | None:

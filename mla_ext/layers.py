@@ -11,11 +11,13 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .links import see
 from .reference import accumulate_dtype
 
-__all__ = ["LAYERS", "check_layer", "patch_mean", "row_size"]
+__all__ = ["CANNOT_ATTACH", "LAYERS", "check_layer", "patch_mean", "row_size"]
 
 LAYERS = (nn.Linear, nn.Conv2d)
+CANNOT_ATTACH = see("troubleshooting#a-head-that-cannot-be-attached")
 
 
 def row_size(weight: Tensor) -> int:
@@ -26,7 +28,7 @@ def row_size(weight: Tensor) -> int:
 def check_layer(layer: nn.Module) -> None:
     """Raises ValueError for a convolution in groups, whose weight is several that see different features."""
     if isinstance(layer, nn.Conv2d) and layer.groups != 1:
-        raise ValueError(f"head: expected a convolution with groups=1, got groups={layer.groups}")
+        raise ValueError(f"head: expected a convolution with groups=1, got groups={layer.groups}{CANNOT_ATTACH}")
 
 
 def patch_mean(layer: nn.Conv2d, images: Tensor) -> tuple[Tensor, int]:

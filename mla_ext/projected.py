@@ -18,7 +18,8 @@ from torch.utils.hooks import RemovableHandle
 from . import backends, checks, head_state, loading
 from .bias import check_bias, join_grads
 from .gather import Gathered, Gatherer, hyperparameters
-from .layers import LAYERS, check_layer, row_size
+from .layers import CANNOT_ATTACH, LAYERS, check_layer, row_size
+from .links import see
 from .observation import Observation, observe
 from .recording import Handles, Link, Recorder
 from .reference import Hyperparameters, accumulate_dtype
@@ -116,7 +117,9 @@ class ProjectedOptimizer(Optimizer, ABC):
             layers = [m for m in head.modules() if isinstance(m, LAYERS)] if isinstance(head, nn.Module) else []
             if not layers:
                 what = type(head).__name__
-                raise TypeError(f"head: expected an nn.Linear or nn.Conv2d, got {what} without one in it")
+                raise TypeError(
+                    f"head: expected an nn.Linear or nn.Conv2d, got {what} without one in it{CANNOT_ATTACH}"
+                )
             for layer in layers:  # all of them before the first is attached
                 check_layer(layer)
                 self._check_head(layer.weight, "head.weight")
@@ -199,7 +202,10 @@ class ProjectedOptimizer(Optimizer, ABC):
         initialized = torch.cuda.is_initialized()
         capturing = initialized and torch.cuda.is_current_stream_capturing()
         if capturing and not all(group["capturable"] for group in self.param_groups):
-            raise RuntimeError("capturable: expected True in every parameter group to capture a step, got False")
+            raise RuntimeError(
+                "capturable: expected True in every parameter group to capture a step, got False"
+                + see("cuda_graphs#cuda-graphs")
+            )
         # Set by GradScaler for the length of this call.
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         loss = None
@@ -264,7 +270,8 @@ class ProjectedOptimizer(Optimizer, ABC):
         checks.check_nonempty(name, weight)
         if not any(weight is param for group in self.param_groups for param in group["params"]):
             computed = "" if weight.is_leaf else " that is computed, as a parametrised module's is"
-            raise ValueError(f"{name}: expected a parameter of this optimizer, got {checks.describe(weight)}{computed}")
+            what = checks.describe(weight)
+            raise ValueError(f"{name}: expected a parameter of this optimizer, got {what}{computed}{CANNOT_ATTACH}")
         check_sharding(name, weight)
 
     def _check_bias(self, layer: nn.Linear | nn.Conv2d) -> None:
@@ -286,6 +293,7 @@ class ProjectedOptimizer(Optimizer, ABC):
     def _warn_of_identity(self, weight: Tensor, stacklevel: int) -> None:
         if not head_state.has_projection(self.state.get(weight, {})):
             warnings.warn(
-                "the loaded state has no projection for an attached weight: its P starts from the identity",
+                "the loaded state has no projection for an attached weight: its P starts from the identity"
+                + head_state.DOES_NOT_FIT,
                 stacklevel=stacklevel,
             )

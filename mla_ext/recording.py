@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .checks import WEIGHT_DTYPES
 from .layers import patch_mean
+from .links import see
 from .observation import Observation
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["Handles", "Link", "Recorder"]
 
 _is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # PyTorch before 2.7 has no such question
+_NO_FEATURES = see("troubleshooting#a-head-without-features")
 
 
 class Handles:
@@ -83,7 +85,7 @@ class Recorder:
                 warnings.warn(
                     "the features that an attached head was fed cannot be recorded, so its P does not learn of them: "
                     f"expected {_expected(head, self.weight)} on {self.weight.device}, got a "
-                    f"{type(features).__name__}; said once",
+                    f"{type(features).__name__}; said once{_NO_FEATURES}",
                     stacklevel=2,
                 )
             return
@@ -107,7 +109,7 @@ class Recorder:
             self.has_starved = True
             warnings.warn(
                 "an attached weight has gradients and no features, so its P stays as it is: its head is in evaluation "
-                "mode, or the weight is used outside the head that was attached",
+                "mode, or the weight is used outside the head that was attached" + _NO_FEATURES,
                 stacklevel=6,
             )
 

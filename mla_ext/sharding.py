@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import _library
+from .links import see
 
 __all__ = ["check_ranks", "check_sharding", "local_shard", "local_shards", "whole"]
 
@@ -33,7 +34,7 @@ def check_ranks(process_group: Any) -> None:
         if type(frame.f_locals.get("self")).__name__ == "ZeroRedundancyOptimizer":
             raise ValueError(
                 "process_group: expected 'local' in a ZeroRedundancyOptimizer, whose ranks step different parameters, "
-                f"got {process_group!r}"
+                f"got {process_group!r}{see('distributed#zeroredundancyoptimizer')}"
             )
         frame = frame.f_back
 
@@ -43,7 +44,10 @@ def check_sharding(name: str, weight: Tensor) -> None:
     if _is_sharded(weight):
         tensor = _dtensors()
         if any(placement not in (tensor.Shard(0), tensor.Replicate()) for placement in weight.placements):
-            raise ValueError(f"{name}: expected a weight sharded along dimension 0 only, got {weight.placements}")
+            raise ValueError(
+                f"{name}: expected a weight sharded along dimension 0 only, got {weight.placements}"
+                + see("distributed#fsdp2")
+            )
 
 
 def local_shards(weight: Tensor, grad: Tensor, momentum_buffer: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pages import anchors, prose
 
 import mla_ext
 from mla_ext import backends
@@ -86,17 +87,6 @@ def test_a_command_that_does_not_exist_is_seen(line):
         check_command(line)
 
 
-def prose(text):
-    """A page without its blocks of code."""
-    return re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
-
-
-def anchors(text):
-    """The names that links give to the headings of a page, as on GitHub."""
-    headings = re.findall(r"^#+ +(.+?) *$", prose(text), flags=re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-
-
 def dead_links(page, text):
     """Relative links of a page that lead to no file, or to no heading of one; and paths it names that do not exist."""
     for link in re.findall(r"\]\(([^)\s]+)\)", prose(text)):
@@ -168,6 +158,9 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "gradient is projected" in (tmp_path / "index.html").read_text("utf-8")
     reference = (tmp_path / "api" / "index.html").read_text("utf-8")
+    assert 'id="mla_ext.projected.ProjectedOptimizer.attach"' in reference
+    assert "zeroredundancyoptimizer" in (tmp_path / "search" / "search_index.json").read_text("utf-8")
+    assert 'href="../api/#mla_ext.ProjectedSGD"' in (tmp_path / "drop_in" / "index.html").read_text("utf-8")
     functions = [name for name in mla_ext.__all__ if not name.startswith("__")]
     assert [name for name in functions if f'id="mla_ext.{name}"' not in reference] == []
     site = html.unescape("".join(page.read_text("utf-8") for page in tmp_path.rglob("*.html")))
@@ -187,7 +180,7 @@ def test_the_first_screen_says_what_it_is():
     assert len(screen.splitlines()) <= 60
 
 
-@pytest.mark.parametrize("page", ["drop_in.md", "elsewhere.md"])
+@pytest.mark.parametrize("page", ["drop_in.md", "elsewhere.md", "faq.md"])
 def test_the_tables_of_a_page_name_tests_that_exist(page):
     tests = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
     names = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / page).read_text(encoding="utf-8")))
@@ -201,3 +194,31 @@ def test_every_row_of_ours_names_its_test():
     rows = [line for line in ours.splitlines() if line.startswith("| ")][1:]
     assert len(rows) > 10
     assert [row for row in rows if "`test_" not in row.rpartition(" | ")[2]] == []
+
+
+def test_every_answer_names_its_page_and_its_test():
+    answers = re.split(r"^### ", (ROOT / "docs" / "faq.md").read_text("utf-8"), flags=re.MULTILINE)[1:]
+    assert len(answers) > 20
+    assert [answer for answer in answers if "](" not in answer] == []
+    assert [answer for answer in answers if "`test_" not in answer and "Nobody has tried" not in answer] == []
+
+
+def test_every_example_is_in_the_gallery():
+    page = (ROOT / "docs" / "examples.md").read_text("utf-8")
+    files = [path for path in (ROOT / "examples").rglob("*") if path.suffix in (".py", ".toml")]
+    links = [f"](../{path.relative_to(ROOT).as_posix()})" for path in files]
+    assert len(links) > 10 and [link for link in links if link not in page] == []
+
+
+def test_the_table_of_dependencies_is_that_of_pyproject():
+    """Every package that pyproject.toml names has one row, and every row a package; each names its licence and date."""
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11 reads TOML")
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    project = settings["project"]
+    lists = [settings["build-system"]["requires"], project["dependencies"], *project["optional-dependencies"].values()]
+    named = {re.match(r"[\w-]+", requirement)[0] for requirement in itertools.chain(*lists)} - {project["name"]}
+    page = (ROOT / "docs" / "dev" / "dependencies.md").read_text("utf-8")
+    table = page.partition("| name |")[2].partition("\n\n")[0].splitlines()[2:]
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table]
+    assert sorted(row[0] for row in rows) == sorted(named)
+    assert [row for row in rows if len(row) != 6 or not all(row) or not re.fullmatch(r"\d{4}-\d\d-\d\d", row[4])] == []

@@ -14,6 +14,7 @@ from importlib.metadata import entry_points
 import torch
 
 from .. import _library
+from ..links import see
 from .base import Backend
 
 __all__ = ["BACKENDS", "Backend", "choose", "usable"]
@@ -55,7 +56,7 @@ def choose(name: str, device: torch.device) -> Backend:
     check_name(name)
     reason = BACKENDS[name].unusable(device)
     if reason is not None:
-        raise RuntimeError(f"backend: {name!r} cannot run for a tensor on {device}: {reason}")
+        raise RuntimeError(f"backend: {name!r} cannot run for a tensor on {device}: {reason}{see('install#backends')}")
     return BACKENDS[name]
 
 

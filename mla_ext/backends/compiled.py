@@ -10,6 +10,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import _fakes, _library
 from ..checks import describe
+from ..links import see
 from ..projection import Projection
 from ..step import HeadStep
 from .base import Backend
@@ -100,6 +101,7 @@ def _number(name: str, value: float | Tensor) -> float:
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 f"{name}: expected a number, or a tensor on the CPU, to capture a step; got {describe(value)}"
+                + see("cuda_graphs#cuda-graphs")
             )
         number = float(value)
         _read[value] = value._version, number

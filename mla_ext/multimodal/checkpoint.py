@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..head_state import DOES_NOT_FIT
+
 __all__ = ["FORMAT", "load", "plain", "save", "write_atomic", "write_text"]
 
 FORMAT = 2  # of what `fit` writes, its "format"; files without a number are format 1
@@ -93,11 +95,13 @@ def load(path: Path) -> dict[str, Any]:
         except Exception as error:  # a damaged file can fail in any way
             reason = str(error).partition("\n")[0]
             raise ValueError(
-                f"{path}: expected a checkpoint of a training run, got a file that is none: {reason}"
+                f"{path}: expected a checkpoint of a training run, got a file that is none: {reason}{DOES_NOT_FIT}"
             ) from error
     number = content.get("format", 1) if isinstance(content, dict) else 1
     if number not in range(1, FORMAT + 1):
-        raise ValueError(f"{path}: expected a checkpoint of format 1 to {FORMAT}, got format {number!r}")
+        raise ValueError(f"{path}: expected a checkpoint of format 1 to {FORMAT}, got format {number!r}{DOES_NOT_FIT}")
     if not isinstance(content, dict) or not content.keys() >= _KEYS:
-        raise ValueError(f"{path}: expected a checkpoint of a training run, got another file of torch.save")
+        raise ValueError(
+            f"{path}: expected a checkpoint of a training run, got another file of torch.save{DOES_NOT_FIT}"
+        )
     return content

@@ -10,10 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..links import see
 from .data import MultimodalData, check_names
 from .recordings import Recordings, as_tensor, describe
 
 __all__ = ["load", "load_folder", "load_npz"]
+
+_FORMAT = see("training#the-data-format")
 
 
 def load_npz(path: str | os.PathLike[str]) -> MultimodalData:
@@ -38,7 +41,7 @@ def load_npz(path: str | os.PathLike[str]) -> MultimodalData:
             with archive:
                 return _from_archive(archive)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+            raise ValueError(f"{path}: {error}{_FORMAT}") from error
 
 
 def load_folder(path: str | os.PathLike[str]) -> MultimodalData:
@@ -53,7 +56,7 @@ def load_folder(path: str | os.PathLike[str]) -> MultimodalData:
     try:
         return _from_archive(_Folder(path))
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{path}: {error}{_FORMAT}") from error
 
 
 def load(path: str | os.PathLike[str]) -> MultimodalData:

@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm import tqdm
 
 from ..head_state import get_projection
+from ..links import see
 from ..projected import ProjectedOptimizer
 from . import checkpoint, parallel
 from .batches import Loader
@@ -31,7 +32,9 @@ from .run import CHECKPOINT, METRICS, Run
 __all__ = ["CHECKPOINT", "METRICS", "NonFiniteLossError", "fit"]
 
 EVALUATION_BATCH = 512
-_ADVICE = "lower the learning rate, or scale the inputs (MultimodalData.standardized)"
+_ADVICE = "lower the learning rate, or scale the inputs (MultimodalData.standardized)" + see(
+    "troubleshooting#a-loss-that-is-nan-or-infinite"
+)
 
 
 class NonFiniteLossError(RuntimeError):

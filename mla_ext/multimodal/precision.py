@@ -10,9 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..links import see
+
 __all__ = ["AMP", "Precision", "choose_device"]
 
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_NO_GPU = see("troubleshooting#a-gpu-that-does-not-work")
 
 
 class Precision:
@@ -59,7 +62,7 @@ def choose_device(name: str | torch.device) -> torch.device:
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
         reason = str(error).partition("\n")[0]
         if name != "auto":
-            raise ValueError(f"device: expected one that works here, got {str(name)!r}: {reason}") from error
-        warnings.warn(f"the GPU does not work, training on the CPU: {reason}", stacklevel=2)
+            raise ValueError(f"device: expected one that works here, got {str(name)!r}: {reason}{_NO_GPU}") from error
+        warnings.warn(f"the GPU does not work, training on the CPU: {reason}{_NO_GPU}", stacklevel=2)
         return torch.device("cpu")
     return device

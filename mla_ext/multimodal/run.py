@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from ..head_state import DOES_NOT_FIT
 from . import checkpoint, parallel
 from .evaluate import Report
 from .model import MultimodalModel, SharedHeadModel
@@ -96,7 +97,7 @@ class Run:
         for name, value in {**self.settings, "scheduler": self.scheduler is not None}.items():
             saved = content["scheduler"] is not None if name == "scheduler" else content["settings"].get(name)
             if saved != value:
-                raise ValueError(f"resume: expected a run with {name} {value!r}, got {saved!r} in {path}")
+                raise ValueError(f"resume: expected a run with {name} {value!r}, got {saved!r} in {path}{DOES_NOT_FIT}")
         here = self.content()
         if isinstance(self.model, SharedHeadModel):
             self.model.complete(content["model"])
@@ -122,4 +123,4 @@ def _shapes(state: dict[str, Any]) -> dict[str, tuple[int, ...] | None]:
 
 def _check_same(what: str, expected: Any, saved: Any, path: Path) -> None:
     if saved != expected:
-        raise ValueError(f"resume: expected a run in which {what} is {expected}, got {saved} in {path}")
+        raise ValueError(f"resume: expected a run in which {what} is {expected}, got {saved} in {path}{DOES_NOT_FIT}")
