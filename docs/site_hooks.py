@@ -1,7 +1,7 @@
 """Hooks of mkdocs.yml: pages link to the repository's files as they lie there, and the site has those files too.
 
 A paragraph that is only a link to a file of examples/ shows that file in the site. The first mention of a public name
-on a page links to the reference.
+in a page links to the reference.
 """
 
 from __future__ import annotations
