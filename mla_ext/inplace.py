@@ -1,7 +1,7 @@
 """The head step of `mla_ext.reference` on a CPU, written into the given tensors: what runs where no kernels are.
 
 The equations and their names are those of `reference.py`, which says why they are so. Two matrices as large as the
-gradient are kept for each weight; beside them nothing is allocated that grows with the problem. The numbers of a step
+gradient are kept for each weight; beside them nothing larger than a cache is allocated. The numbers of a step
 (d, ν, β) are taken on the host, in double precision.
 """
 
@@ -19,6 +19,8 @@ from .reference import NU_RATE, RANK_NOISE, Hyperparameters, rank_compress
 from .step import HeadStep
 
 __all__ = ["head_step_"]
+
+BLOCK = 2**16  # products at a time, which stay in a cache of the core
 
 _scratch: MutableMapping[Tensor, tuple[Tensor, Tensor]] = WeakIdKeyDictionary()
 
@@ -78,8 +80,7 @@ def _absorb(P: Projection, h: Tensor, k: Tensor, hyper: Hyperparameters) -> None
     if P.base is not None:
         d = alpha + along
         if abs(d) <= largest and d != 0:
-            k.div_(math.sqrt(abs(d)))
-            P.base.addr_(k, k, alpha=-math.copysign(1.0, d))
+            _subtract_square_(P.base, k.div_(math.sqrt(abs(d))), math.copysign(1.0, d))
             if forget != 0:
                 P.base.mul_(1 - forget).diagonal().add_(forget)
             if hyper.normalize:
@@ -97,6 +98,15 @@ def _absorb(P: Projection, h: Tensor, k: Tensor, hyper: Hyperparameters) -> None
     if forget != 0:
         beta.fill_((1 - forget) * b + forget)
         _used(P).mul_(math.sqrt(1 - forget))
+
+
+def _subtract_square_(base: Tensor, u: Tensor, sign: float) -> None:
+    """P ← P − sign · u uᵀ, symmetric to the last bit: addr_ fuses product and difference in some columns only."""
+    rows = min(len(u), max(1, BLOCK // len(u)))
+    products = base.new_empty(rows, len(u))
+    for start in range(0, len(u), rows):
+        block = base[start : start + rows]
+        block.sub_(torch.outer(u[start : start + rows], u, out=products[: len(block)]), alpha=sign)
 
 
 def _compress(P: Projection) -> None:

@@ -18,7 +18,7 @@ OPTIONS = {
     "before": Hyperparameters(lr=0.1, momentum=0.9, nesterov=True, absorb="before"),
     "forget": Hyperparameters(lr=0.1, momentum=0.5, forget=0.1),
     "forget before": Hyperparameters(lr=0.1, forget=0.1, absorb="before"),
-    "tensors": Hyperparameters(*map(torch.tensor, (0.1, 0.9)), alpha=torch.tensor(0.3), forget=torch.tensor(0.05)),
+    "tensors": Hyperparameters(*(torch.tensor(x, dtype=torch.float64) for x in (0.1, 0.9)), alpha=torch.tensor(0.25)),
 }
 
 
@@ -79,8 +79,8 @@ def test_normalize_scale_and_overflow(rank):
             grad=torch.randn(5, 12, dtype=torch.float64),
             feature_mean=torch.randn(12, dtype=torch.float64),
             hyper=hyper,
-            grad_scale=torch.tensor([scale]),
-            found_inf=torch.tensor([inf]),
+            grad_scale=torch.tensor(scale),
+            found_inf=torch.tensor(inf),
         )
         before = step.weight.clone()
         step, other = both(step)
@@ -113,11 +113,11 @@ def test_P_stays_symmetric_to_the_last_bit(s):
 def test_a_step_allocates_nothing_as_large_as_the_head():
     """After the first one: the products go where those of the last step went."""
     torch.manual_seed(0)
-    step = make(8, 300, None, torch.float32, True, True)
+    step = make(8, 300, 32, torch.float32, True, True)
     step = dataclasses.replace(
         step, grad=torch.randn(8, 300), feature_mean=torch.randn(300), hyper=Hyperparameters(momentum=0.9)
     )
     BACKEND.head_step_(step)
     with torch.profiler.profile(profile_memory=True) as profile:
         BACKEND.head_step_(step)
-    assert max(event.cpu_memory_usage for event in profile.events()) < 1000
+    assert max(event.cpu_memory_usage for event in profile.events()) < 2000  # a head has 9600 bytes, P 360000
