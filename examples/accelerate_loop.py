@@ -1,10 +1,9 @@
 """Accelerate: bf16, gradient accumulation, several processes, and a run that is saved and continued.
 
-accelerate launch --cpu --num_processes 2 examples/accelerate_loop.py        (needs `pip install accelerate`)
+torchrun --nproc-per-node 2 examples/accelerate_loop.py        (needs `pip install accelerate`)
 
-Attach the head before `prepare`. P sees all micro-batches of a step, and those of all processes. One process will do too.
+Attach the head before `prepare`. P sees the micro-batches of a step, of all processes. One process will do too.
 """
-
 
 import accelerate
 import torch
@@ -53,4 +52,5 @@ model.eval()
 test = data.indices("test")
 accuracy = (model(data.inputs("audio", test)).argmax(1) == data.labels[test]).float().mean()
 moved = (optimizer.projection(head.weight) - torch.eye(64)).norm()
-accelerator.print(f"accuracy {accuracy:.3f}; P resumed: {resumed}; it is {moved:.3f} from the identity")
+processes = accelerator.num_processes
+accelerator.print(f"accuracy {accuracy:.3f} of {processes} processes; P resumed: {resumed}; it moved {moved:.3f}")

@@ -49,4 +49,5 @@ search.fit(images[train], labels[train])
 best = search.best_estimator_
 accuracy = best.score(images[test], labels[test])
 moved = (best.optimizer_.projection(best.module_.head.weight) - torch.eye(64)).norm()
-print(f"accuracy {accuracy:.3f} with alpha {search.best_params_['optimizer__alpha']}; P is {moved:.3f} from the identity")
+alpha = search.best_params_["optimizer__alpha"]
+print(f"accuracy {accuracy:.3f} with alpha {alpha}; P is {moved:.3f} from the identity")

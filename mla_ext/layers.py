@@ -42,7 +42,7 @@ def patch_mean(layer: nn.Conv2d, images: Tensor) -> tuple[Tensor, int]:
     return patches[0].mean(dim=1), len(images) * patches.shape[2]
 
 
-def find_heads(model: nn.Module, pattern: str) -> list[nn.Module]:
+def find_heads(model: nn.Module, pattern: str) -> list[nn.Linear | nn.Conv2d]:
     """The linear layers and convolutions of `model` that a regular expression names, for `heads=` of an optimizer.
 
     pattern must match the whole name, as in `model.named_modules()`, of a layer or of a module that holds some.
@@ -51,7 +51,7 @@ def find_heads(model: nn.Module, pattern: str) -> list[nn.Module]:
     return [*named_heads(model, pattern).values()]
 
 
-def named_heads(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
+def named_heads(model: nn.Module, pattern: str) -> dict[str, nn.Linear | nn.Conv2d]:
     """`find_heads`, each under its own name."""
     try:
         expression = re.compile(pattern)

@@ -1,4 +1,4 @@
-"""Avalanche: a plugin that attaches the heads of a strategy's model, and keeps their P from experience to experience."""
+"""Avalanche: a plugin that attaches the heads of a strategy's model, and keeps their P through all experiences."""
 
 from __future__ import annotations
 

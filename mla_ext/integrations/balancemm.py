@@ -58,7 +58,7 @@ class GSPlugin:
             self._projected = nn.Parameter(torch.empty_like(weight))
             self._optimizer = ProjectedSGD([self._projected], lr=1.0, maximize=True, alpha=self.alpha)
         checks.check_tensor("model.weight", weight, tuple(self._projected.shape), device=self._projected.device)
-        # A step uphill from 0, with the rate 1, ends at G P. So the optimizer's kernels do it, and its averages over ranks.
+        # A step uphill from 0, with the rate 1, ends at G P: by the optimizer's kernels, over all ranks.
         with torch.no_grad():
             self._projected.zero_()
         self._optimizer.observe(self._projected, before_batch_input)
