@@ -95,6 +95,7 @@ class WithLoss(nn.Module):
         return {"loss": cross_entropy(logits, labels), "logits": logits}
 
 
+@pytest.mark.usefixtures("own_accelerate")
 @pytest.mark.parametrize("kind", [ProjectedSGD, ProjectedAdamW])
 def test_the_trainer_of_transformers_resumes_to_the_same_bits(kind, tmp_path):
     transformers = needs("transformers")
@@ -262,6 +263,47 @@ def test_p_survives_what_avalanche_does_between_experiences(grows, resets, bias)
     assert (head_now() is not head) == grows and len(head_now().weight) == 4
     assert len(head_now()._forward_hooks) == 1
     assert strategy.optimizer.projection(head_now().weight).trace() < P.trace()  # it goes on to absorb
+
+
+def test_p_survives_evaluation_that_grows_the_head():
+    strategy, experiences = avalanche_strategy(grows=True, bias=False)
+    strategy.train(experiences[0])
+    head = strategy.model[2].classifier
+    P = strategy.optimizer.projection(head.weight)
+    strategy.eval(experiences)  # of classes that the head does not have yet
+    assert strategy.model[2].classifier is not head
+    strategy.train(experiences[1])
+    after = strategy.optimizer.projection(strategy.model[2].classifier.weight)
+    assert after.trace() < P.trace() and torch.linalg.eigvalsh(P - after).min() > -1e-5  # it only shrinks, from P
+
+
+def test_p_survives_the_reset_of_a_loaded_optimizer():
+    first, experiences = avalanche_strategy(grows=False, bias=False)
+    first.train(experiences[0])
+    second, experiences = avalanche_strategy(grows=False, bias=False)
+    second.model.load_state_dict(first.model.state_dict())
+    second.optimizer.load_state_dict(first.optimizer.state_dict())
+    P = second.optimizer.projection(second.model[2].weight)
+    second.train(experiences[1])
+    after = second.optimizer.projection(second.model[2].weight)
+    assert (P - torch.eye(8)).norm() > 0.1
+    assert after.trace() < P.trace() and torch.linalg.eigvalsh(P - after).min() > -1e-5
+
+
+def test_avalanche_saves_a_strategy_with_its_p(tmp_path):
+    strategy, experiences = avalanche_strategy(grows=True, bias=True)
+    checkpoints = importlib.import_module("avalanche.checkpointing")
+    strategy.train(experiences[0])
+    checkpoints.save_checkpoint(strategy, tmp_path / "strategy.pkl")
+    fresh, _ = avalanche_strategy(grows=True, bias=True)
+    loaded, trained = checkpoints.maybe_load_checkpoint(fresh, tmp_path / "strategy.pkl")
+    assert trained == 1
+    for each in (strategy, loaded):
+        torch.manual_seed(1)
+        each.train(experiences[1])
+    ours, theirs = (each.model[2].classifier.weight for each in (strategy, loaded))
+    assert torch.equal(ours, theirs)
+    assert torch.equal(strategy.optimizer.projection(ours), loaded.optimizer.projection(theirs))
 
 
 def test_without_the_plugin_avalanche_drops_p():

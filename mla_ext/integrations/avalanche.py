@@ -34,8 +34,12 @@ class ProjectionPlugin(SupervisedPlugin):  # type: ignore[misc]  # Avalanche may
         self._handles = Handles([])
         self._kept: dict[str, Projection] = {}
 
+    def before_training(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """The first experience resets the optimizer, which may have been loaded."""
+        self._keep(strategy)
+
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """The model and the optimizer are ready for the experience."""
+        """The strategy has adapted model and optimizer to the experience."""
         optimizer = strategy.optimizer
         if not isinstance(optimizer, ProjectedOptimizer):
             raise TypeError(f"optimizer: expected a ProjectedSGD or ProjectedAdamW, got {type(optimizer).__name__}")
@@ -48,7 +52,10 @@ class ProjectionPlugin(SupervisedPlugin):  # type: ignore[misc]  # Avalanche may
         self._handles = Handles([optimizer.attach(layer, bias=self.bias) for layer in layers.values()])
 
     def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """What the strategy does to its optimizer next, P is kept."""
+        """Evaluation may grow a head."""
+        self._keep(strategy)
+
+    def _keep(self, strategy: Any) -> None:
         for name, layer in named_heads(strategy.model, self.heads).items():
             P = head_state.get_projection(strategy.optimizer.state.get(layer.weight, {}))
             if P is not None:
