@@ -8,7 +8,7 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check install --quiet --constraint $(CONSTRAINTS)
 NATIVE = $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-rare lint format bench evidence evidence-quick rank docs docs-version audit install-matrix fuzz faults numerics gpu-check clean
+.PHONY: demo test test-rare test-frameworks lint format bench evidence evidence-quick rank docs docs-version audit install-matrix fuzz faults numerics gpu-check clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/mla-ext demo
@@ -20,6 +20,10 @@ test: lint
 # What takes long and guards what seldom changes. benchmarks/stress has longer ones: make faults, make fuzz.
 test-rare: $(VENV)/.installed
 	cd tests && MLA_EXT_INSTALLED=1 $(abspath $(VENV))/bin/pytest -q -m rare
+
+# The examples of docs/frameworks.md and the tests of what frameworks do, in a throw-away environment that has them all.
+test-frameworks: $(VENV)/.installed
+	$(RUN) benchmarks/stress/frameworks.py
 
 lint: $(VENV)/.installed
 	$(RUN) -m ruff check .

@@ -1,35 +1,56 @@
-"""Accelerate: attach the head before `prepare`. The feature means of all processes are joined, as under DDP.
+"""Accelerate: bf16, gradient accumulation, several processes, and a run that is saved and continued.
 
-python examples/accelerate_loop.py        (needs `pip install accelerate`; or: accelerate launch ...)
+torchrun --nproc-per-node 2 examples/accelerate_loop.py        (needs `pip install accelerate`)
+
+Attach the head before `prepare`. P sees the micro-batches of a step, of all processes. One process will do too.
 """
 
 import accelerate
 import torch
-from torch.nn import Linear, ReLU, Sequential
+from torch.nn import Flatten, Linear, ReLU, Sequential
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-from mla_ext import ProjectedSGD
+import mla_ext
 
-torch.manual_seed(0)
-centres = torch.randn(10, 40)
-labels = torch.randint(10, (2048,))
-inputs = centres[labels] + torch.randn(2048, 40)
-loader = DataLoader(TensorDataset(inputs, labels), batch_size=64, shuffle=True)
 
-encoder, head = Sequential(Linear(40, 64), ReLU()), Linear(64, 10)
-model = Sequential(encoder, head)
-optimizer = ProjectedSGD(model.parameters(), lr=0.05, momentum=0.9)
-optimizer.attach(head)
-accelerator = accelerate.Accelerator(cpu=True)
-model, prepared, loader = accelerator.prepare(model, optimizer, loader)
+def build():
+    model = Sequential(Flatten(), Linear(384, 64), ReLU(), Linear(64, 10))
+    optimizer = mla_ext.ProjectedSGD(model.parameters(), lr=0.05, momentum=0.9)
+    optimizer.attach(model[3])
+    return *accelerator.prepare(model, optimizer, loader), optimizer
 
-for _ in range(3):
-    for x, y in loader:
-        prepared.zero_grad()
-        accelerator.backward(cross_entropy(model(x), y))
-        prepared.step()
 
-accuracy = (model(inputs).argmax(1) == labels).float().mean()
+def train(model, prepared, loader, epochs):
+    for _ in range(epochs):
+        for x, y in loader:
+            with accelerator.accumulate(model):
+                accelerator.backward(cross_entropy(model(x), y))
+                prepared.step()
+                prepared.zero_grad()
+
+
+accelerate.utils.set_seed(0)
+accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_steps=2)
+data = mla_ext.digits().standardized()
+chosen = data.indices("train")
+loader = DataLoader(TensorDataset(data.inputs("audio", chosen), data.labels[chosen]), batch_size=16, shuffle=True)
+
+model, prepared, batches, optimizer = build()
+train(model, prepared, batches, epochs=4)
+accelerator.save_state("accelerate_state")
+saved = optimizer.projection(accelerator.unwrap_model(model)[3].weight)
+
+accelerator.free_memory()
+model, prepared, batches, optimizer = build()
+accelerator.load_state("accelerate_state")  # P and momentum are back
+head = accelerator.unwrap_model(model)[3]
+resumed = torch.equal(optimizer.projection(head.weight), saved)
+train(model, prepared, batches, epochs=4)
+
+model.eval()
+test = data.indices("test")
+accuracy = (model(data.inputs("audio", test)).argmax(1) == data.labels[test]).float().mean()
 moved = (optimizer.projection(head.weight) - torch.eye(64)).norm()
-accelerator.print(f"accuracy {accuracy:.3f}; P is {moved:.3f} from the identity")
+processes = accelerator.num_processes
+accelerator.print(f"accuracy {accuracy:.3f} of {processes} processes; P resumed: {resumed}; it moved {moved:.3f}")

@@ -1,47 +1,58 @@
-"""Lightning: attach the head in configure_optimizers; the rest is as with any optimizer.
+"""Lightning, automatic optimisation: each batch trains one modality, and the Trainer saves P and resumes with it.
 
 python examples/lightning_module.py        (needs `pip install lightning`)
 """
 
+import tempfile
+
 import lightning
 import torch
-from torch.nn import Linear, ReLU, Sequential
+from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-from mla_ext import ProjectedSGD
+import mla_ext
+
+data = mla_ext.digits().standardized()
 
 
 class Classifier(lightning.LightningModule):
     def __init__(self):
         super().__init__()
-        self.encoder, self.head = Sequential(Linear(40, 64), ReLU()), Linear(64, 10)
+        width = {m: data.features[m][0].numel() for m in data.modalities}
+        encoders = {m: nn.Sequential(nn.Flatten(), nn.Linear(width[m], 64), nn.ReLU()) for m in data.modalities}
+        self.model = mla_ext.SharedHeadModel(encoders, nn.Linear(64, 10))
 
-    def forward(self, x):
-        return self.head(self.encoder(x))
-
-    def training_step(self, batch, _):
-        x, y = batch
-        return cross_entropy(self(x), y)
+    def training_step(self, batch, index):
+        *inputs, labels = batch
+        turn = index % len(data.modalities)  # the encoders of the others have no gradient, so they stay
+        return cross_entropy(self.model(data.modalities[turn], inputs[turn]), labels)
 
     def configure_optimizers(self):
-        optimizer = ProjectedSGD(self.parameters(), lr=0.05, momentum=0.9)
-        optimizer.attach(self.head)
+        optimizer = mla_ext.ProjectedSGD(self.parameters(), lr=0.05, momentum=0.9)
+        optimizer.attach(self.model.head)
         return optimizer
 
 
+def trainer(epochs):
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return lightning.Trainer(max_epochs=epochs, accelerator="cpu", enable_checkpointing=False, **quiet)
+
+
 torch.manual_seed(0)
-centres = torch.randn(10, 40)
-labels = torch.randint(10, (2048,))
-inputs = centres[labels] + torch.randn(2048, 40)
-loader = DataLoader(TensorDataset(inputs, labels), batch_size=64, shuffle=True)
-
-model = Classifier()
-trainer = lightning.Trainer(
-    max_epochs=3, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
+train = data.indices("train")
+loader = DataLoader(
+    TensorDataset(*(data.inputs(m, train) for m in data.modalities), data.labels[train]), batch_size=32, shuffle=True
 )
-trainer.fit(model, loader)
 
-accuracy = (model(inputs).argmax(1) == labels).float().mean()
-moved = (trainer.optimizers[0].projection(model.head.weight) - torch.eye(64)).norm()
-print(f"accuracy {accuracy:.3f}; P is {moved:.3f} from the identity")
+first = trainer(epochs=5)
+first.fit(Classifier(), loader)
+checkpoint = tempfile.mkdtemp() + "/last.ckpt"
+first.save_checkpoint(checkpoint)
+
+model, second = Classifier(), trainer(epochs=10)
+second.fit(model, loader, ckpt_path=checkpoint)  # P and momentum go on where they were
+report = mla_ext.evaluate(model.model, data, split="test")
+accuracy = report.fusions["entropy"].accuracy
+moved = (second.optimizers[0].projection(model.model.head.weight) - torch.eye(64)).norm()
+print(f"accuracy {accuracy:.3f} after {second.current_epoch} epochs; P is {moved:.3f} from the identity")

@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 from . import _library  # noqa: F401  # first: it says what is wrong with PyTorch
 from .adamw import ProjectedAdamW
 from .info import build_info
+from .layers import find_heads
 from .ops import calibrated_fusion, entropy_fusion
 from .optimizer import ProjectedSGD
 
@@ -53,6 +54,7 @@ __all__ = [
     "digits",
     "entropy_fusion",
     "evaluate",
+    "find_heads",
     "fit",
     "load_folder",
     "load_npz",

@@ -7,6 +7,7 @@ al. 2019).
 from __future__ import annotations
 
 import math
+import re
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from .links import see
 from .reference import accumulate_dtype
 
-__all__ = ["CANNOT_ATTACH", "LAYERS", "check_layer", "patch_mean", "row_size"]
+__all__ = ["CANNOT_ATTACH", "LAYERS", "check_layer", "find_heads", "named_heads", "patch_mean", "row_size"]
 
 LAYERS = (nn.Linear, nn.Conv2d)
 CANNOT_ATTACH = see("troubleshooting#a-head-that-cannot-be-attached")
@@ -41,3 +42,27 @@ def patch_mean(layer: nn.Conv2d, images: Tensor) -> tuple[Tensor, int]:
     image = F.pad(image, layer._reversed_padding_repeated_twice, mode=mode)
     patches = F.unfold(image, layer.kernel_size, dilation=layer.dilation, stride=layer.stride)  # (1, s, positions)
     return patches[0].mean(dim=1), len(images) * patches.shape[2]
+
+
+def find_heads(model: nn.Module, pattern: str) -> list[nn.Linear | nn.Conv2d]:
+    """The linear layers and convolutions of `model` that a regular expression names, for `heads=` of an optimizer.
+
+    pattern must match the whole name, as in `model.named_modules()`, of a layer or of a module that holds some.
+    Raises ValueError, with the names there are, where no layer is found, or for what is no regular expression.
+    """
+    return [*named_heads(model, pattern).values()]
+
+
+def named_heads(model: nn.Module, pattern: str) -> dict[str, nn.Linear | nn.Conv2d]:
+    """`find_heads`, each under its own name."""
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"pattern: expected a regular expression, got {pattern!r}: {error}") from error
+    chosen = [module for name, module in model.named_modules() if expression.fullmatch(name)]
+    within = {layer for module in chosen for layer in module.modules()}
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LAYERS)}
+    found = {name: layer for name, layer in layers.items() if layer in within}
+    if not found:
+        raise ValueError(f"pattern: expected one that matches the name of a layer, {[*layers]}, got {pattern!r}")
+    return found

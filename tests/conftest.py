@@ -57,6 +57,14 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def own_accelerate():
+    """accelerate keeps one state for a process, with the precision that was asked for first."""
+    yield
+    if "accelerate" in sys.modules:
+        sys.modules["accelerate"].state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.fixture(scope="session")
 def fast(tmp_path_factory) -> Path:
     """The CUDA kernels' sources on the emulated device."""
