@@ -43,8 +43,9 @@ def main() -> int:
         sys.exit(f"the frameworks need Python >= 3.11, and this is {sys.version.split()[0]}")
     with tempfile.TemporaryDirectory(prefix="frameworks-") as folder:
         python = make(Path(folder))
-        # A framework that cannot be imported fails its tests then, rather than skip them.
-        environment = os.environ | {"MLA_EXT_FRAMEWORKS": "1", "MLA_EXT_INSTALLED": "1"}
+        # A framework that cannot be imported fails its tests then, rather than skip them. The networks are tiny, and
+        # threads that wait for a busy core take minutes.
+        environment = os.environ | {"MLA_EXT_FRAMEWORKS": "1", "MLA_EXT_INSTALLED": "1", "OMP_NUM_THREADS": "1"}
         command = [python, "-m", "pytest", "-q", "--durations=5", *TESTS]
         return subprocess.run(command, cwd=ROOT / "tests", env=environment).returncode
 
