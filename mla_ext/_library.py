@@ -8,6 +8,7 @@ import platform
 import re
 import struct
 import warnings
+from collections.abc import Iterable
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
@@ -50,7 +51,7 @@ def describe(failure: Exception) -> str:
     def environment(python: str, pytorch: str, cuda: str | None, where: str) -> str:
         return f"Python {python}, PyTorch {pytorch}, {f'CUDA {cuda}' if cuda else 'no CUDA'} on {where}"
 
-    built = environment(facts["python"], facts["torch"], facts["cuda"], facts["platform"])
+    built = environment(facts["python"], facts["torch"], " and ".join(facts["cuda"]), facts["platform"])
     where = f"{platform.system()} {platform.machine()}"
     here = environment(platform.python_version(), torch.__version__, torch.version.cuda, where)
     return f"its library was built for {built}, this is {here}, and loading it failed ({failure}); {remedy()}"
@@ -80,17 +81,27 @@ def load() -> tuple[ModuleType | None, str | None]:
     return None, reason
 
 
+def choose_cuda(versions: Iterable[str], pytorch: str | None) -> str | None:
+    """Which of these versions of CUDA is of the same major version as PyTorch's, so that its library can be loaded."""
+    major = (pytorch or "").partition(".")[0]
+    return next((version for version in versions if version.partition(".")[0] == major), None)
+
+
 def load_cuda() -> str | None:
     """Loads the CUDA operations; why they cannot be used, where that is so."""
     if load_error is not None:
         return load_error
-    if facts.get("cuda") is None:
-        return f"mla_ext was built without CUDA ({facts.get('cuda_reason')})"
+    if not facts["cuda"]:
+        return f"mla_ext was built without CUDA ({facts['cuda_reason']})"
     if torch.version.cuda is None:
         return f"PyTorch {torch.__version__} is a build without CUDA"
+    if cuda is None:
+        built = " and ".join(facts["cuda"])
+        return f"mla_ext was built for CUDA {built}, but PyTorch {torch.__version__} is built for CUDA {torch.version.cuda}"
     try:
-        check_whole(PACKAGE / "_C_cuda.so")
-        torch.ops.load_library(PACKAGE / "_C_cuda.so")
+        library = PACKAGE / f"_C_cuda{cuda.partition('.')[0]}.so"
+        check_whole(library)
+        torch.ops.load_library(library)
         return None
     except OSError as failure:
         reason = describe(failure)
@@ -101,4 +112,5 @@ def load_cuda() -> str | None:
 check_torch(torch.__version__)
 facts = read_facts()
 module, load_error = load()
+cuda = choose_cuda(facts.get("cuda", {}), torch.version.cuda)  # of the library for this PyTorch; None: there is none
 cuda_load_error = load_cuda()
