@@ -114,7 +114,7 @@ def test_metadata(wheel):
     assert metadata["Requires-Python"] == ">=3.10"
     assert metadata["Summary"]
     required = [value for value in metadata.get_all("Requires-Dist") if "extra ==" not in value]
-    assert required == ["torch>=2.10", "numpy", "tqdm"]
+    assert required == ["torch>=2.4", "numpy", "tqdm"]
     assert set(metadata.get_all("Provides-Extra")) == {"demo", "prepare", "test", "lint", "docs", "vision", "text"}
     entry_points = archive.read(name.replace("METADATA", "entry_points.txt")).decode()
     assert entry_points.split() == ["[console_scripts]", "mla-ext", "=", "mla_ext.multimodal.cli:main"]
@@ -164,17 +164,32 @@ def fake_torch(folder, version, cuda=None):
     write(folder / "torch" / "version.py", f"__version__ = {version!r}\ncuda = {cuda!r}")
 
 
-def fails_to_build(unpacked, tmp_path, **environment):
+def fails_to_build(unpacked, tmp_path, mode="require", **environment):
     """What the build prints when it cannot be done, with tmp_path ahead of the installed packages."""
-    result = run(sys.executable, "setup.py", "build_ext", cwd=unpacked, PYTHONPATH=str(tmp_path), **environment)
+    environment |= {"PYTHONPATH": str(tmp_path), "MLA_EXT_BUILD": mode}
+    result = run(sys.executable, "setup.py", "build_ext", cwd=unpacked, **environment)
     assert result.returncode != 0
     assert "Traceback" not in result.stderr
     return result.stderr
 
 
+def installs_without_kernels(unpacked, tmp_path, **environment):
+    """What the build writes into _build.json where something is missing; it has said the same."""
+    build = tmp_path / "build"
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", build]
+    result = run(*command, cwd=unpacked, PYTHONPATH=str(tmp_path), **{"MLA_EXT_BUILD": "auto", **environment})
+    assert result.returncode == 0, result.stderr
+    (note,) = (path for path in build.rglob("*") if path.is_file())
+    assert note.relative_to(build) == Path("mla_ext/_build.json")
+    (missing,) = json.loads(note.read_text()).values()
+    assert result.stderr.count("mla_ext: installing without the compiled kernels") == 1
+    assert f"To have them: {missing}" in result.stderr and "MLA_EXT_BUILD=require" in result.stderr
+    return missing
+
+
 def test_build_without_torch_says_so_through_pip(unpacked, tmp_path):
     write(tmp_path / "sitecustomize.py", "import sys; sys.modules['torch'] = None")
-    result = build_wheel(unpacked, tmp_path / "wheel", PYTHONPATH=str(tmp_path))
+    result = build_wheel(unpacked, tmp_path / "wheel", PYTHONPATH=str(tmp_path), MLA_EXT_BUILD="require")
     assert result.returncode != 0
     output = result.stdout + result.stderr
     assert "Traceback" not in output
@@ -187,11 +202,43 @@ def test_build_with_an_old_torch(unpacked, tmp_path):
     output = fails_to_build(unpacked, tmp_path)
     assert "mla_ext: building needs PyTorch >= 2.10, but" in output
     assert "has 2.9.1+cpu; run `pip install --upgrade torch`" in output
+    missing = installs_without_kernels(unpacked, tmp_path)
+    assert missing in " ".join(output.split()) and missing.endswith("run `pip install --upgrade torch`.")
 
 
 def test_build_without_a_compiler(unpacked, tmp_path):
     output = fails_to_build(unpacked, tmp_path, CXX="/nonexistent/c++")
     assert "mla_ext: building needs a C++17 compiler and found none that works; install g++ or clang++" in output
+    assert "found none that works" in fails_to_build(unpacked, tmp_path, "auto", CXX="/nonexistent/c++")  # it was named
+    missing = installs_without_kernels(unpacked, tmp_path, PATH=str(tmp_path), CXX="")
+    assert missing.startswith("building needs a C++17 compiler, and none was found; install g++ or clang++")
+
+
+def test_a_compiler_that_rejects_the_sources(unpacked, tmp_path):
+    """It is there, so nothing is quietly left out."""
+    output = fails_to_build(unpacked, tmp_path, "auto", MLA_EXT_CUDA="off", CXXFLAGS="-DPYBIND11_MODULE=broken")
+    assert "mla_ext: the compilation failed" in output and "MLA_EXT_BUILD=off installs without" in output
+
+
+def test_an_unknown_build_mode(unpacked, tmp_path):
+    output = fails_to_build(unpacked, tmp_path, "yes")
+    assert "mla_ext: MLA_EXT_BUILD: expected auto, require or off, got 'yes'" in output
+
+
+def test_who_asks_for_cuda_requires_a_build(unpacked, tmp_path):
+    fake_torch(tmp_path, "2.9.1+cpu")
+    output = fails_to_build(unpacked, tmp_path, "auto", MLA_EXT_CUDA="on")
+    assert "mla_ext: building needs PyTorch >= 2.10, but" in output
+
+
+def test_a_wheel_without_kernels(unpacked, tmp_path):
+    """It needs no compiler, fits every platform, and holds the Python part alone."""
+    result = build_wheel(unpacked, tmp_path / "wheel", MLA_EXT_BUILD="off", PATH=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    (wheel,) = (tmp_path / "wheel").iterdir()
+    assert wheel.name == "mla_ext-0.1.0-py3-none-any.whl"
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert names == python_files(ROOT) | {"mla_ext/py.typed"}
 
 
 @pytest.mark.parametrize("tool", ["cmake", "ninja"])
@@ -202,6 +249,7 @@ def test_build_without_tool(unpacked, tmp_path, tool):
     write(tmp_path / "sitecustomize.py", hide)
     output = fails_to_build(unpacked, tmp_path)
     assert f"mla_ext: building needs {tool}, which was not found; run `pip install {tool}`" in output
+    assert installs_without_kernels(unpacked, tmp_path).startswith(f"building needs {tool}, which was not found")
 
 
 def test_build_with_cuda_but_no_nvcc(unpacked, tmp_path):
