@@ -78,7 +78,7 @@ install-matrix:
 # What a release uploads, built in dist/ and tested: an hour and 15 GB of downloads. benchmarks/stress/wheels.py says what
 # it needs.
 wheels:
-	$(PYTHON) benchmarks/stress/wheels.py
+	$(PYTHON) -m benchmarks.stress.wheels
 
 # The kernels under sanitizers, the public functions and the optimizer on random inputs, for SECONDS in all. With clang and
 # its libFuzzer installed the inputs are guided by coverage.

@@ -96,8 +96,8 @@ def load_cuda() -> str | None:
     if torch.version.cuda is None:
         return f"PyTorch {torch.__version__} is a build without CUDA"
     if cuda is None:
-        built = " and ".join(facts["cuda"])
-        return f"mla_ext was built for CUDA {built}, but PyTorch {torch.__version__} is built for CUDA {torch.version.cuda}"
+        built, here = " and ".join(facts["cuda"]), f"PyTorch {torch.__version__} for CUDA {torch.version.cuda}"
+        return f"mla_ext has CUDA kernels for CUDA {built}, and this is {here}"
     try:
         library = PACKAGE / f"_C_cuda{cuda.partition('.')[0]}.so"
         check_whole(library)

@@ -53,5 +53,6 @@ def environment(python: Path, folder: Path, compiler: str) -> dict[str, str]:
         link.symlink_to(libm.with_name(name))
     newer = folder / "newer.o"
     subprocess.run([compiler, "-O2", "-fPIC", "-c", folder / "newer.cpp", "-o", newer], check=True)
-    # The newer libraries that the linker meets all the same need symbols that glibc 2.28 does not have.
-    return {"LDFLAGS": f"-L{folder} -Wl,--allow-shlib-undefined {newer}"}
+    toolchain = folder / "toolchain.cmake"  # for the libraries alone: with this no program can be linked
+    toolchain.write_text(f'set(CMAKE_MODULE_LINKER_FLAGS_INIT "-L{folder} {newer}")\n')
+    return {"CMAKE_TOOLCHAIN_FILE": str(toolchain)}

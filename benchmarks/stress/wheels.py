@@ -1,6 +1,6 @@
 """Builds in dist/ what a release uploads, tests each wheel in an empty environment, and writes docs/dev/wheels.md.
 
-    python benchmarks/stress/wheels.py
+    python -m benchmarks.stress.wheels
 
 It needs Linux on x86-64, the Pythons it builds for (`python3.10` to `python3.14`), a C++ compiler, and a toolkit of
 CUDA 12 and one of CUDA 13, in CUDA12_HOME and CUDA13_HOME or in /usr/local. In the container manylinux_2_28 all but the
@@ -19,12 +19,13 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import old_glibc
-from install_matrix import ROOT, SMOKE, TEST_TOOLS, TESTS, Failed, run
+from benchmarks.stress import old_glibc
+from benchmarks.stress.install_matrix import ROOT, SMOKE, TEST_TOOLS, TESTS, Failed, run
 
 PAGE = ROOT / "docs" / "dev" / "wheels.md"
 DIST, WORK = ROOT / "dist", ROOT / "build" / "wheels"
@@ -171,7 +172,7 @@ def passed(tests: str) -> str:
     return re.search(r"\d+ passed.*?(?= in )", tests)[0]
 
 
-def cuda_in(facts: dict, doctor: str) -> str:
+def cuda_in(facts: dict[str, Any], doctor: str) -> str:
     """What became of the CUDA library; on a GPU, what the doctor says of it."""
     if facts["cuda_load_error"]:
         return facts["cuda_load_error"]
@@ -194,9 +195,10 @@ def interpreter(version: str) -> str | None:
 
 PREFACE = """# What a release uploads
 
-`make wheels` builds it in `dist/`, in {where} on {date}, from the sdist. The wheels' CUDA libraries hold code for
-{archs}. Each wheel was installed with pip in an empty environment; `mla-ext doctor` ran there, and the tests passed from
-a copy in an otherwise empty folder ({tests}).
+`make wheels` builds it from the sdist, in `dist/`. It did so in {where} on {date}. The CUDA libraries in the wheels
+hold code for {archs}. Each wheel was installed with pip in an empty environment. There `mla-ext doctor` ran, the
+compiled operations were held to the reference in float64, and the tests passed from a copy in an otherwise empty folder
+({tests}).
 
 """
 HEADER = "| file | MB | Python | PyTorch | CUDA library | tests |\n|---|---|---|---|---|---|\n"
@@ -233,9 +235,11 @@ def main() -> int:
         if home:
             builder.cuda_library(major, home)
         else:
-            missing.append(f"the library for CUDA {major}: no /usr/local/cuda-{major}.*, and CUDA{major}_HOME is not set")
+            missing.append(
+                f"the library for CUDA {major}: no /usr/local/cuda-{major}.*, and CUDA{major}_HOME is not set"
+            )
     pythons = {version: path for version in PYTHONS if (path := interpreter(version))}
-    missing += [f"the wheel for Python {version}: there is no `python{version}`" for version in PYTHONS if version not in pythons]
+    missing += [f"the wheel for Python {v}: there is no `python{v}`" for v in PYTHONS if v not in pythons]
 
     def jobs() -> Iterator[tuple[Path, str, str]]:
         """Wheels, and the Python and the PyTorch to try each with: the newest, and once the oldest."""
