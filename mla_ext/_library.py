@@ -54,7 +54,8 @@ def describe(failure: Exception) -> str:
     built = environment(facts["python"], facts["torch"], " and ".join(facts["cuda"]), facts["platform"])
     where = f"{platform.system()} {platform.machine()}"
     here = environment(platform.python_version(), torch.__version__, torch.version.cuda, where)
-    return f"its library was built for {built}, this is {here}, and loading it failed ({failure}); {remedy()}"
+    cause = failure.__cause__ or failure  # PyTorch hides what the linker says
+    return f"its library was built for {built}, this is {here}, and loading it failed ({cause}); {remedy()}"
 
 
 def check_whole(library: Path) -> None:

@@ -47,10 +47,11 @@ def environment(python: Path, folder: Path, compiler: str) -> dict[str, str]:
     cache = {"ZIG_GLOBAL_CACHE_DIR": str(folder / "cache"), "ZIG_LOCAL_CACHE_DIR": str(folder / "cache")}
     subprocess.run(zig, cwd=folder, env={**os.environ, **cache}, check=True)
     libm = max((folder / "cache").glob("o/*/libm.so.6"), key=lambda path: path.stat().st_mtime)
+    static = subprocess.check_output([compiler, "-print-file-name=libc_nonshared.a"], text=True).strip()
     for name in ("libc.so.6", "libm.so.6", "libpthread.so.0", "libdl.so.2", "librt.so.1"):
-        link = folder / f"{name.partition('.')[0]}.so"  # as -l looks for it
-        link.unlink(missing_ok=True)
-        link.symlink_to(libm.with_name(name))
+        beside = static if name == "libc.so.6" else ""  # the part of libc that is never in the shared library
+        script = folder / f"{name.partition('.')[0]}.so"  # as -l looks for it
+        script.write_text(f"GROUP({libm.with_name(name)} {beside})\n")
     newer = folder / "newer.o"
     subprocess.run([compiler, "-O2", "-fPIC", "-c", folder / "newer.cpp", "-o", newer], check=True)
     toolchain = folder / "toolchain.cmake"  # for the libraries alone: with this no program can be linked

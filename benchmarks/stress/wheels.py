@@ -161,7 +161,7 @@ def try_out(builder: Builder, wheel: Path, python: str, pytorch: str) -> Tested:
             return run([folder / "bin" / command[0], *command[1:]], Path(away))
 
         doctor = use("mla-ext", "doctor")
-        smoke = use("python", "-c", PURE_SMOKE if pure else SMOKE)
+        smoke = use("python", "-W", "error", "-c", PURE_SMOKE if pure else SMOKE)
         tests = use("pytest", "-q", *(f"tests/{name}" for name in TESTS))
         version = use("python", "-c", "import torch; print(torch.__version__)").strip()
     shutil.rmtree(folder)
