@@ -187,10 +187,6 @@ def toolkit(major: str) -> Path | None:
     return Path(named) if named else found[-1] if found else None
 
 
-def interpreter(version: str) -> str | None:
-    return shutil.which(f"python{version}")
-
-
 # ---- The page -------------------------------------------------------------------------------------------------------
 
 PREFACE = """# What a release uploads
@@ -224,7 +220,10 @@ def row(path: Path, python: str = "–", tested: Tested | None = None) -> str:
 
 
 def main() -> int:
-    missing: list[str] = []
+    pythons = {version: path for version in PYTHONS if (path := shutil.which(f"python{version}"))}
+    if not pythons:
+        raise SystemExit(f"make wheels needs one of python{', python'.join(PYTHONS)}, and none was found.")
+    missing = [f"the wheel for Python {v}: there is no `python{v}`" for v in PYTHONS if v not in pythons]
     shutil.rmtree(DIST, ignore_errors=True)
     DIST.mkdir()
     WORK.mkdir(parents=True, exist_ok=True)
@@ -238,8 +237,6 @@ def main() -> int:
             missing.append(
                 f"the library for CUDA {major}: no /usr/local/cuda-{major}.*, and CUDA{major}_HOME is not set"
             )
-    pythons = {version: path for version in PYTHONS if (path := interpreter(version))}
-    missing += [f"the wheel for Python {v}: there is no `python{v}`" for v in PYTHONS if v not in pythons]
 
     def jobs() -> Iterator[tuple[Path, str, str]]:
         """Wheels, and the Python and the PyTorch to try each with: the newest, and once the oldest."""
