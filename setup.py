@@ -1,6 +1,6 @@
 """Drives CMakeLists.txt, the only build definition. Everything else about the package is in pyproject.toml.
 
-MLA_EXT_BUILD = auto     compile the kernels; where a compiler, a tool or PyTorch >= 2.10 is missing, install without them
+MLA_EXT_BUILD = auto     compile the kernels; where a compiler or PyTorch >= 2.10 is missing, install without
                 require  compile them, or fail
                 off      install without them
 

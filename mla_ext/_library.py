@@ -16,16 +16,22 @@ from typing import Any
 
 import torch  # first: the libraries are linked to what this loads
 
-MINIMUM_TORCH = (2, 10)
+MINIMUM_TORCH = (2, 4)
+KERNELS_TORCH = (2, 10)  # the first whose stable ABI has all that the libraries use
 PACKAGE = Path(__file__).resolve().parent
 
 
-def check_torch(version: str) -> None:
-    """Raises ImportError for a PyTorch older than the stable ABI that the libraries are built for."""
+def is_older(version: str, minimum: tuple[int, int]) -> bool:
+    """Whether a version of PyTorch, as in torch.__version__, is below major.minor; False for one that has neither."""
     release = re.match(r"(\d+)\.(\d+)", version)
-    if release and tuple(map(int, release.groups())) < MINIMUM_TORCH:
+    return release is not None and tuple(map(int, release.groups())) < minimum
+
+
+def check_torch(version: str) -> None:
+    """Raises ImportError for a PyTorch that lacks what the Python part uses."""
+    if is_older(version, MINIMUM_TORCH):
         raise ImportError(
-            f"mla_ext needs PyTorch >= 2.10, but {version} is installed; run `pip install --upgrade torch`"
+            f"mla_ext needs PyTorch >= 2.4, but {version} is installed; run `pip install --upgrade torch`"
         )
 
 
@@ -68,17 +74,29 @@ def check_whole(library: Path) -> None:
             raise OSError(f"{library} is cut short")
 
 
+def nothing_to_load(facts: dict[str, Any], version: str) -> str | None:
+    """Why no library is even tried in this version of PyTorch; None where one should be there."""
+    if is_older(version, KERNELS_TORCH):
+        upgrade = "run `pip install --upgrade torch`"
+        if "torch" not in facts:
+            upgrade += f", then {remedy()}"
+        return f"the compiled kernels need PyTorch >= 2.10, and {version} is installed; {upgrade}"
+    if "missing" in facts:  # setup.py's note
+        return f"it was installed without its compiled kernels: {facts['missing'].rstrip('.')}, then {remedy()}"
+    if not facts:
+        return f"{PACKAGE} holds no compiled library with its _build.json; {remedy()}"
+    return None
+
+
 def load() -> tuple[ModuleType | None, str | None]:
     """The module `_C` with the CPU operations, or why it cannot be loaded."""
-    if not facts:
-        reason = f"{PACKAGE} holds no compiled library with its _build.json; {remedy()}"
-    else:
+    reason = nothing_to_load(facts, torch.__version__)
+    if reason is None:
         try:
             check_whole(PACKAGE / f"_C{EXTENSION_SUFFIXES[0]}")
             return importlib.import_module("mla_ext._C"), None
         except (ImportError, OSError) as failure:
             reason = describe(failure)
-    warnings.warn(f"mla_ext runs on its slower PyTorch reference: {reason}", RuntimeWarning, stacklevel=2)
     return None, reason
 
 
@@ -115,3 +133,12 @@ facts = read_facts()
 module, load_error = load()
 cuda = choose_cuda(facts.get("cuda", {}), torch.version.cuda)  # of the library for this PyTorch; None: there is none
 cuda_load_error = load_cuda()
+_said: set[str] = set()
+
+
+def say_once(device_type: str) -> None:
+    """Warns that the reference does the work of the kernels for such a device: when it first does, not at import."""
+    reason = {"cpu": load_error, "cuda": cuda_load_error}.get(device_type)
+    if reason is not None and device_type not in _said:
+        _said.add(device_type)
+        warnings.warn(f"mla_ext runs on its slower PyTorch reference: {reason}", RuntimeWarning, stacklevel=3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from inspect import signature
 from typing import Any, cast
 
 import torch
@@ -21,6 +22,7 @@ from .sharding import local_shard
 __all__ = ["ProjectedAdamW"]
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+INIT_TAKES_AMSGRAD = "amsgrad" in signature(AdamW._init_group).parameters  # in PyTorch 2.4
 
 
 class ProjectedAdamW(ProjectedOptimizer, AdamW):
@@ -121,7 +123,10 @@ class ProjectedAdamW(ProjectedOptimizer, AdamW):
         if found_inf is not None:  # which torch subtracts from its 0-d steps
             found_inf = found_inf.reshape(())
         lists: list[list[Tensor]] = [[] for _ in range(6)]  # params, grads, the moments and steps: filled by torch
-        has_complex = self._init_group({**group, "params": params}, *lists)  # type: ignore[no-untyped-call]
+        filled: list[Any] = [*lists]
+        if INIT_TAKES_AMSGRAD:
+            filled.insert(2, group["amsgrad"])
+        has_complex = self._init_group({**group, "params": params}, *filled)  # type: ignore[no-untyped-call]
         adamw(
             lists[0],
             lists[1],

@@ -54,9 +54,10 @@ class Gathered:
         backend = self.heads[0][1] if heads else backends.choose(name, moved[0].device)
         if any(other is not backend for _, other in self.heads) or any(step.rule is not None for step in heads):
             return False
-        if not torch.is_inference_mode_enabled():
+        done = backend.step_(plain, heads)
+        if done and not torch.is_inference_mode_enabled():
             increment_version(moved)  # as any in-place op does; what autograd saved is then known to be stale
-        return backend.step_(plain, heads)
+        return done
 
     def check(self, optimizer: ProjectedOptimizer) -> None:
         """Raises what would make one of the steps fail halfway."""

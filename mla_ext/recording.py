@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Handles", "Link", "Recorder"]
 
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # PyTorch before 2.7 has no such question
+
 
 class Handles:
     """The handles of several heads as one: remove() ends all their recordings."""
@@ -65,7 +67,7 @@ class Recorder:
         optimizer = None if self.link.optimizer is None else self.link.optimizer()
         if optimizer is None or not (head.training and torch.is_grad_enabled() and self.weight.requires_grad):
             return
-        if torch.compiler.is_exporting():  # the graph is for other programs, without this optimizer
+        if _is_exporting():  # the graph is for other programs, without this optimizer
             return
         self.starved = 0
         features: Any = args[0] if args else kwargs.get("input")

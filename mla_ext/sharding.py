@@ -5,11 +5,15 @@ P acts on the input side of a weight (C, s), so each rank can step the classes i
 
 from __future__ import annotations
 
+import importlib
 import sys
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from . import _library
 
 __all__ = ["check_ranks", "check_sharding", "local_shard", "local_shards", "whole"]
 
@@ -37,9 +41,8 @@ def check_ranks(process_group: Any) -> None:
 def check_sharding(name: str, weight: Tensor) -> None:
     """Raises ValueError for a weight that is sharded along its features."""
     if _is_sharded(weight):
-        from torch.distributed.tensor import Replicate, Shard
-
-        if any(placement not in (Shard(0), Replicate()) for placement in weight.placements):
+        tensor = _dtensors()
+        if any(placement not in (tensor.Shard(0), tensor.Replicate()) for placement in weight.placements):
             raise ValueError(f"{name}: expected a weight sharded along dimension 0 only, got {weight.placements}")
 
 
@@ -70,6 +73,10 @@ def _shard(sharded: Tensor) -> Tensor:
 def _is_sharded(weight: Tensor) -> TypeGuard[DTensor]:
     if type(weight) in (Tensor, nn.Parameter):
         return False
-    from torch.distributed.tensor import DTensor  # takes a second, and most programs never need it
+    return isinstance(weight, _dtensors().DTensor)
 
-    return isinstance(weight, DTensor)
+
+def _dtensors() -> Any:
+    """torch.distributed.tensor: importing it takes a second, and most programs never need it."""
+    name = "_tensor" if _library.is_older(torch.__version__, (2, 5)) else "tensor"
+    return importlib.import_module(f"torch.distributed.{name}")

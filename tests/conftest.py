@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "cuda_emulation"))
 import harness
+
+from mla_ext import _library
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # for benchmarks/, after the mla_ext that is installed
 
@@ -19,6 +22,11 @@ if os.environ.get("MLA_EXT_EMULATED"):  # the dry run of benchmarks/gpu_check.sh
     from mla_ext import backends
 
     backends.BACKENDS["emulated"] = emulated.Emulated()
+
+with warnings.catch_warnings():  # without the kernels, one of the tests would hear of it
+    warnings.simplefilter("ignore")
+    for device_type in ("cpu", "cuda"):
+        _library.say_once(device_type)
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 

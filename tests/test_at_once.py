@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mla_ext import ProjectedSGD, _library, reference
 from mla_ext.backends.cpu import Cpu
 
-pytestmark = pytest.mark.skipif(_library.load_error is not None, reason="nothing is compiled")
+pytestmark = pytest.mark.skipif(_library.load_error is not None, reason=f"not compiled: {_library.load_error}")
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 from mla_ext import ProjectedSGD, _library, entropy_fusion
 
 pytestmark = [
-    pytest.mark.skipif(_library.load_error is not None, reason="the ops are not compiled"),
+    pytest.mark.skipif(_library.load_error is not None, reason=f"not compiled: {_library.load_error}"),
     pytest.mark.filterwarnings("ignore"),  # torch's own, about its own
 ]
 

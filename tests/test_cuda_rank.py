@@ -234,7 +234,7 @@ def test_what_the_optimizer_asks_the_backend():
     assert torch.equal(P.base, expected) and P.count == 0
 
 
-@pytest.mark.skipif(_library.load_error is not None, reason="the ops are not compiled")
+@pytest.mark.skipif(_library.load_error is not None, reason=f"not compiled: {_library.load_error}")
 @pytest.mark.parametrize("name", ["momentum", "dampening", "weight_decay", "forget"])
 def test_a_number_on_the_device_is_refused_where_a_graph_would_keep_it(monkeypatch, name):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)

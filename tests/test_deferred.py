@@ -14,7 +14,7 @@ from mla_ext.backends.cpu import DEFERRED
 from mla_ext.projection import Projection
 from mla_ext.reference import Hyperparameters, accumulate_dtype
 
-pytestmark = pytest.mark.skipif(_library.load_error is not None, reason="the ops are not compiled")
+pytestmark = pytest.mark.skipif(_library.load_error is not None, reason=f"not compiled: {_library.load_error}")
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 STEPS = 2 * DEFERRED + 3

@@ -19,7 +19,7 @@ def run(isa, *command):
     return subprocess.run([sys.executable, *command], cwd=TESTS, env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.skipif(_library.load_error is not None, reason="nothing is compiled")
+@pytest.mark.skipif(_library.load_error is not None, reason=f"not compiled: {_library.load_error}")
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_the_parity_suite(isa):
     """Which of G P the kernels make and which BLAS makes depends on it too."""

@@ -8,7 +8,7 @@ import pytest
 from benchmarks.stress import numerics
 from mla_ext import _library
 
-pytestmark = pytest.mark.skipif(_library.load_error is not None, reason="the ops are not compiled")
+pytestmark = pytest.mark.skipif(_library.load_error is not None, reason=f"not compiled: {_library.load_error}")
 NAMES = [f"{case.name}, s = {case.s}" for case in numerics.RANK_CASES]
 
 

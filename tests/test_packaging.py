@@ -15,6 +15,7 @@ import torch
 from helpers import run
 
 import mla_ext
+from mla_ext import _library
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -216,7 +217,10 @@ def test_build_without_a_compiler(unpacked, tmp_path):
 
 def test_a_compiler_that_rejects_the_sources(unpacked, tmp_path):
     """It is there, so nothing is quietly left out."""
-    output = fails_to_build(unpacked, tmp_path, "auto", MLA_EXT_CUDA="off", CXXFLAGS="-DPYBIND11_MODULE=broken")
+    compiler = tmp_path / "c++"
+    write(compiler, '#!/bin/sh\ncase "$*" in *csrc*) echo no such thing >&2; exit 1;; esac\nexec c++ "$@"\n')
+    compiler.chmod(0o755)
+    output = fails_to_build(unpacked, tmp_path, "auto", MLA_EXT_CUDA="off", CXX=str(compiler))
     assert "mla_ext: the compilation failed" in output and "MLA_EXT_BUILD=off installs without" in output
 
 
@@ -277,9 +281,9 @@ def test_build_with_an_unknown_gpu_architecture(unpacked, tmp_path):
 
 
 def test_import_with_an_old_torch(installed, tmp_path):
-    fake_torch(tmp_path, "2.9.1+cpu")
+    fake_torch(tmp_path, "2.3.1+cpu")
     result = python("import mla_ext", tmp_path, installed)
-    assert "ImportError: mla_ext needs PyTorch >= 2.10, but 2.9.1+cpu is installed" in result.stderr
+    assert "ImportError: mla_ext needs PyTorch >= 2.4, but 2.3.1+cpu is installed" in result.stderr
 
 
 USE_REFERENCE = """
@@ -308,6 +312,44 @@ def test_unbuilt_checkout_works_on_the_reference_and_warns_once(tmp_path):
     reason = f"{tmp_path / 'mla_ext'} holds no compiled library with its _build.json; run `pip install -e {tmp_path}`"
     assert f"RuntimeWarning: mla_ext runs on its slower PyTorch reference: {reason}" in result.stderr
     assert reason in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("version", "facts", "reason"),
+    [
+        (
+            "2.4.1+cu121",
+            {},
+            "need PyTorch >= 2.10, and 2.4.1+cu121 is installed; run `pip install --upgrade torch`, then ",
+        ),
+        ("2.9.1", {"torch": "2.13.0"}, "and 2.9.1 is installed; run `pip install --upgrade torch`"),
+        (
+            "2.13.0",
+            {"missing": "no compiler; install one."},
+            "without its compiled kernels: no compiler; install one, then ",
+        ),
+        ("2.10.0", {}, "holds no compiled library"),
+        ("2.10.0", {"torch": "2.13.0"}, None),
+        ("nightly", {"torch": "2.13.0"}, None),
+    ],
+)
+def test_whether_there_are_kernels_to_load(version, facts, reason):
+    found = _library.nothing_to_load(facts, version)
+    assert found is None if reason is None else reason in found
+
+
+def test_an_installation_without_kernels_says_so_at_first_use(tmp_path):
+    """Not at import, and not again; the note of the build tells why."""
+    copy_without_libraries(tmp_path)
+    note = {"missing": "building needs a C++17 compiler, and none was found; install g++ or clang++."}
+    (tmp_path / "mla_ext" / "_build.json").write_text(json.dumps(note))
+    result = python("import mla_ext, mla_ext.multimodal.cli", tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
+    result = python(USE_REFERENCE, tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("Warning: ") == 1
+    assert "without its compiled kernels: building needs a C++17 compiler, and none was found" in result.stderr
+    assert "install g++ or clang++, then install mla_ext again in this environment" in result.stdout
 
 
 def truncated(library, facts):

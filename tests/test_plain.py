@@ -18,7 +18,7 @@ from mla_ext.backends import cpu
 from mla_ext.reference import Hyperparameters
 from mla_ext.step import PlainStep
 
-needs_kernel = pytest.mark.skipif(_library.load_error is not None, reason="nothing is compiled")
+needs_kernel = pytest.mark.skipif(_library.load_error is not None, reason=f"not compiled: {_library.load_error}")
 SHAPES = [(1,), (7,), (), (15,), (16,), (17,), (3, 0), (33,), (513,), (3, 5, 7), (4097,), (70001,)]
 HEAVY = {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.01}
 OPTIONS = [

@@ -13,7 +13,7 @@ from mla_ext.reference import Hyperparameters, accumulate_dtype
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # What the op itself knows; project="update" is made of it (mla_ext/rules.py).
 KERNEL_OPTIONS = {name: options for name, options in RANK_OPTIONS.items() if "project" not in options}
-needs_ops = pytest.mark.skipif(_library.load_error is not None, reason="the ops are not compiled")
+needs_ops = pytest.mark.skipif(_library.load_error is not None, reason=f"not compiled: {_library.load_error}")
 
 
 randn = partial(helpers.randn, dtype=torch.float64)

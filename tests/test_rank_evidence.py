@@ -11,7 +11,7 @@ from benchmarks.evidence.rank import FORMS, SCALED_ALPHA, USUAL_ALPHA, Gain, Ran
 from benchmarks.evidence.runs import Results
 from mla_ext import ProjectedSGD, _library, load_npz, reference
 
-needs_ops = pytest.mark.skipif(_library.load_error is not None, reason="the ops are not compiled")
+needs_ops = pytest.mark.skipif(_library.load_error is not None, reason=f"not compiled: {_library.load_error}")
 TINY = ["--epochs", "1", "--seeds", "2"]
 
 

@@ -21,18 +21,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "dev" / "install_matrix.md"
-RELEASES = {"2.10": "torch==2.10.0", "2.11": "torch==2.11.0", "2.13": "torch==2.13.0", "newest": "torch"}
+OLDER = {"2.4": "torch==2.4.1", "2.6": "torch==2.6.0", "2.8": "torch==2.8.0"}  # which the kernels do not run in
+RELEASES = {**OLDER, "2.10": "torch==2.10.0", "2.11": "torch==2.11.0", "2.13": "torch==2.13.0", "newest": "torch"}
+COMPILERS = ("c++", "g++", "clang++")
 BUILD_TOOLS = ["setuptools>=77", "cmake", "ninja", "pybind11"]
 TEST_TOOLS = ["numpy", "tqdm", "scikit-learn", "matplotlib", "pytest", "hypothesis"]
 TESTS = ["test_ops.py", "test_optimizer.py", "test_model.py", "test_reference.py"]
 
-# Five head steps and a fusion by the compiled kernels in float32, against the reference in float64.
+# Five head steps and a fusion by the best backend for CPUs in float32, against the reference in float64.
 SMOKE = """
 import json, torch, mla_ext
 from mla_ext import _library, ops
@@ -48,10 +50,11 @@ def results(backend, dtype):
         ops.head_step_(W, grad.to(dtype), M, P, mean, step, hyper, backend=backend)
     return [W, M, P, *ops.entropy_fusion(logits.to(dtype), backend=backend)]
 
-pairs = zip(results("cpu", torch.float32), results("reference", torch.float64))
+best = "cpu" if "cpu" in mla_ext.build_info()["backends"] else "reference"
+pairs = zip(results(best, torch.float32), results("reference", torch.float64))
 error = max(((ours - true).abs().max() / true.abs().max()).item() for ours, true in pairs)
 assert error < 1e-5, error
-facts = {"file": mla_ext.__file__, "torch": torch.__version__, "gpu": torch.cuda.is_available()}
+facts = {"backend": best, "file": mla_ext.__file__, "torch": torch.__version__, "gpu": torch.cuda.is_available()}
 print(json.dumps(facts | {"cuda_load_error": _library.cuda_load_error, "built": mla_ext.build_info()}))
 """
 
@@ -148,20 +151,22 @@ class Environment:
     def files(self) -> set[str]:
         return {str(path.relative_to(self.folder)) for path in self.folder.rglob("*") if path.is_file()}
 
-    def try_out(self, *install: str | Path, editable: Path | None = None, **variables: str) -> Row:
+    def try_out(
+        self, *install: str | Path, editable: Path | None = None, kernels: bool = True, **variables: str
+    ) -> Row:
         """Installs, uses, tests and uninstalls the package; raises Failed at the first thing that is not right."""
         before = self.files()
         self.pip("install", *install, **variables)
         try:
             self.pip("check")
-            return self.use(editable)
+            return self.use(editable, kernels)
         finally:
             self.pip("uninstall", "--yes", "mla_ext")
             left = [name for name in self.files() - before if "mla_ext" in name or "__pycache__" not in name]
             if left:
                 raise Failed(f"uninstalling left {left}")
 
-    def use(self, editable: Path | None) -> Row:
+    def use(self, editable: Path | None, kernels: bool) -> Row:
         away = Path(tempfile.mkdtemp(prefix="away-", dir=self.work))
         shutil.copytree(ROOT / "tests", away / "tests", ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", away)
@@ -173,9 +178,11 @@ class Environment:
         tests = run([self.folder / "bin" / "pytest", "-q", *(f"tests/{name}" for name in TESTS)], away)
         shutil.rmtree(away)
         built = facts["built"]
+        if (facts["backend"] == "cpu") != kernels:
+            raise Failed(f"the best backend is {facts['backend']}")
         loads = f"CUDA {built['cuda']}, {' '.join(built['archs'])}: loads{'' if facts['gpu'] else ', no GPU to run on'}"
         passed = re.search(r"\d+ passed.*?(?= in )", tests)[0]
-        return Row(built["torch"], facts["torch"], facts["cuda_load_error"] or loads, passed)
+        return Row(built["torch"] or "–", facts["torch"], facts["cuda_load_error"] or loads, passed)
 
 
 def run(command: list[str | Path], cwd: Path, **variables: str) -> str:
@@ -195,15 +202,15 @@ def nvcc_major() -> str | None:
     return nvcc and re.search(r"release (\d+)", subprocess.run([nvcc, "-V"], capture_output=True, text=True).stdout)[1]
 
 
-def path_without_nvcc(folder: Path) -> str:
-    """A PATH with every program but nvcc: folders that hold one are replaced by links to the rest of them."""
+def path_without(names: Collection[str], folder: Path) -> str:
+    """A PATH with every program but these: folders that hold one are replaced by links to the rest of them."""
     parts = []
     for number, part in enumerate(os.environ["PATH"].split(os.pathsep)):
-        if (Path(part) / "nvcc").exists():
+        if any((Path(part) / name).exists() for name in names):
             mirror = folder / str(number)
             mirror.mkdir(parents=True)
             for program in Path(part).iterdir():
-                if program.name != "nvcc":
+                if program.name not in names:
                     (mirror / program.name).symlink_to(program)
             part = str(mirror)
         parts.append(part)
@@ -247,7 +254,7 @@ def isolated(machine: Machine) -> Row:
 def no_nvcc(machine: Machine) -> Row:
     environment = machine.enter("2.11")
     require(environment.cuda, f"needs a CUDA build, and PyTorch 2.11 is {environment.torch} here")
-    path = path_without_nvcc(machine.work / "programs")
+    path = path_without(["nvcc"], machine.work / "programs")
     row = environment.try_out("--no-build-isolation", machine.source(), PATH=path)
     if "no nvcc that works was found" not in row.cuda:
         raise Failed(f"built without nvcc, but: {row.cuda}")
@@ -262,6 +269,16 @@ def cpu_torch(choice: str) -> Callable[[Machine], Row]:
         return environment.try_out("--no-build-isolation", machine.source(), MLA_EXT_CUDA=choice)
 
     return check
+
+
+def older(release: str) -> Callable[[Machine], Row]:
+    """The Python part alone: with this PyTorch the build says what is missing, and goes on."""
+    return lambda machine: machine.enter(release).try_out("--no-build-isolation", machine.source(), kernels=False)
+
+
+def no_compiler(machine: Machine) -> Row:
+    path = path_without(COMPILERS, machine.work / "uncompiled")
+    return machine.enter("2.13").try_out("--no-build-isolation", machine.source(), kernels=False, PATH=path)
 
 
 def other_cuda(machine: Machine) -> Row:
@@ -281,6 +298,10 @@ def other_cuda(machine: Machine) -> Row:
 COMBINATIONS: dict[str, tuple[str, Callable[[Machine], Row]]] = {}
 
 
+for release in OLDER:
+    COMBINATIONS[release] = (f"`pip install`, PyTorch {release}: the Python part", older(release))
+
+
 def add_wheels(here: str, *built: str) -> None:
     for release in built:
         COMBINATIONS[f"{release}-in-{here}"] = (f"wheel built with PyTorch {release}, in {here}", wheel(release, here))
@@ -292,6 +313,7 @@ add_wheels("2.11", "2.10", "2.11")
 COMBINATIONS["no-nvcc"] = ("`pip install`, PyTorch with CUDA but no nvcc", no_nvcc)
 add_wheels("2.13", "2.10", "2.11", "2.13")
 COMBINATIONS["sdist"] = ("`pip install` of the sdist", sdist)
+COMBINATIONS["no-compiler"] = ("`pip install`, no C++ compiler: the Python part", no_compiler)
 COMBINATIONS["editable"] = ("`pip install -e`", editable)
 COMBINATIONS["cpu-torch"] = ("`pip install`, nvcc but PyTorch without CUDA", cpu_torch("auto"))
 COMBINATIONS["cpu-torch-cuda-on"] = ("the same with `MLA_EXT_CUDA=on`", cpu_torch("on"))
@@ -306,9 +328,10 @@ add_wheels("2.10", "2.11", "2.13", "newest")
 PREFACE = """# Where it was installed
 
 For every row the package was installed in a virtual environment without it; `pip check` and `mla-ext info` ran; the
-compiled CPU operations were held to the reference in float64; `mla-ext train` made an epoch on the built-in data; the
-tests passed from a copy in an otherwise empty folder ({tests}); and `pip uninstall` left no file of the package. Wheels
-are built with `--no-build-isolation` unless the row says otherwise.
+compiled CPU operations, or plain PyTorch's where there are none, were held to the reference in float64; `mla-ext train`
+made an epoch on the built-in data; the tests passed from a copy in an otherwise empty folder ({tests});
+and `pip uninstall` left no file of the package. Wheels are built with `--no-build-isolation` unless the row says
+otherwise.
 
 Written by `make install-matrix` (`make install-matrix ONLY="sdist editable"` for some of the rows; the others stay).
 """

@@ -13,6 +13,7 @@ from importlib.metadata import entry_points
 
 import torch
 
+from .. import _library
 from .base import Backend
 
 __all__ = ["BACKENDS", "Backend", "choose", "usable"]
@@ -47,7 +48,10 @@ def choose(name: str, device: torch.device) -> Backend:
     Raises ValueError for an unknown name, RuntimeError with the reason for one that cannot run on `device`.
     """
     if name == "auto":
-        return next(backend for backend in BACKENDS.values() if backend.unusable(device) is None)
+        chosen = next(backend for backend in BACKENDS.values() if backend.unusable(device) is None)
+        if chosen.name == "reference" and not torch.compiler.is_compiling():
+            _library.say_once(device.type)
+        return chosen
     check_name(name)
     reason = BACKENDS[name].unusable(device)
     if reason is not None:

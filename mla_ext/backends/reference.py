@@ -1,13 +1,13 @@
-"""Plain PyTorch on any device: `mla_ext.reference`, written into the given tensors."""
+"""Plain PyTorch on any device: `mla_ext.reference`, written into the given tensors; on a CPU `mla_ext.inplace`."""
 
 from __future__ import annotations
 
 import dataclasses
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .. import reference
+from .. import inplace, reference
 from ..step import HeadStep
 from .base import Backend
 
@@ -17,6 +17,7 @@ __all__ = ["Reference"]
 class Reference(Backend):
     name = "reference"
     preference = 10
+    dense_up_to = 256  # as of the CPU's kernels, so that P has one form with them and without
 
     def unusable(self, device: torch.device) -> str | None:
         return None
@@ -31,6 +32,15 @@ class Reference(Backend):
 
     def head_step_(self, step: HeadStep) -> None:
         P = step.projection
+        if P.base is not None:
+            self.settle_(P)  # rows may wait for it from another backend
+        # inplace reads numbers on the host: not in a graph, nor of tensors that have none.
+        if (
+            step.weight.device.type == "cpu"
+            and type(step.weight) in (Tensor, nn.Parameter)
+            and not torch.compiler.is_compiling()
+        ):
+            return inplace.head_step_(step)
         like = P.base if P.base is not None else P.beta
         assert like is not None
         grad = step.grad if step.grad_scale is None else step.grad.to(like.dtype) / step.grad_scale
@@ -44,7 +54,6 @@ class Reference(Backend):
             changes += [(P.nu, torch.where(alpha.isfinite(), nu, P.nu))]
         before, after = (step.weight, grad, step.momentum_buffer), (step.feature_mean, step.step, hyper)
         if P.base is not None:
-            self.settle_(P)
             weight, momentum_buffer, base = reference.head_step(*before, P.base, *after)
             changes += [(P.base, base)]
         else:

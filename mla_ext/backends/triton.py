@@ -78,6 +78,6 @@ def _unusable(device_type: str) -> str | None:
         if device_type == "cpu":
             return None
         target = triton.runtime.driver.active.get_active_torch_device().type
-    except (ImportError, RuntimeError) as failure:  # a broken installation, or no driver
+    except (AttributeError, ImportError, RuntimeError) as failure:  # an old or broken installation, or no driver
         return f"Triton cannot be used here ({failure})"
     return None if device_type == target else f"Triton compiles for {target} tensors here"
