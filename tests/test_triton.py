@@ -241,6 +241,15 @@ def test_another_kind_of_gpu_is_told_apart(monkeypatch, fresh):
         backends.choose("triton", CUDA)
 
 
+def test_an_older_triton_is_not_taken(monkeypatch, fresh):
+    """Its language lacks what the kernels use."""
+    monkeypatch.setattr(_library, "cuda_load_error", "the compiled kernels need PyTorch >= 2.10")
+    monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
+    monkeypatch.setattr(triton, "__version__", "3.5.1")
+    assert backends.BACKENDS["triton"].unusable(CUDA).startswith("Triton >= 3.6 is needed")
+    assert backends.choose("auto", CUDA) is backends.BACKENDS["reference"]
+
+
 def test_reasons_why_it_cannot_run(monkeypatch, fresh):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):

@@ -12,10 +12,13 @@ import os
 import torch
 from torch import Tensor
 
+from .. import _library
 from ..step import HeadStep
 from .base import Backend
 
 __all__ = ["Triton"]
+
+MINIMUM = (3, 6)  # the oldest that the tests have run with
 
 
 class Triton(Backend):
@@ -75,9 +78,11 @@ def _unusable(device_type: str) -> str | None:
     try:
         import triton
 
+        if _library.is_older(triton.__version__, MINIMUM):
+            return f"Triton >= 3.6 is needed, as PyTorch 2.10 has it, and {triton.__version__} is installed"
         if device_type == "cpu":
             return None
         target = triton.runtime.driver.active.get_active_torch_device().type
-    except (AttributeError, ImportError, RuntimeError) as failure:  # an old or broken installation, or no driver
+    except (ImportError, RuntimeError) as failure:  # a broken installation, or no driver
         return f"Triton cannot be used here ({failure})"
     return None if device_type == target else f"Triton compiles for {target} tensors here"
