@@ -58,7 +58,7 @@ def test_the_encoder_is_part_of_the_run(capsys, tmp_path, file):
     options = ["--encoder", "resnet18", "--epochs", 1, "--batch-size", 36, "--out", tmp_path]
     assert train(file, *options) == 0
     trained = capsys.readouterr().out
-    saved = torch.load(tmp_path / "last.pt")
+    saved = torch.load(tmp_path / "last.pt", weights_only=True)
     assert (saved["settings"]["encoder"], saved["settings"]["width"]) == ("resnet18", 512)
     assert saved["model"]["head.weight"].shape == (3, 512)
     assert cli.main(["evaluate", "--data", file, "--run", str(tmp_path)]) == 0

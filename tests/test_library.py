@@ -187,7 +187,7 @@ def test_training_from_the_command_line(tmp_path, capsys):
     out, data = tmp_path / "out", pairs(tmp_path)
     options = ["--epochs", "2", "--batch-size", "5", "--out", str(out), "--no-progress"]
     assert cli.main(["train", "--data", str(data), *encoders, *options]) == 0
-    saved = torch.load(out / "last.pt")
+    saved = torch.load(out / "last.pt", weights_only=True)
     assert saved["settings"]["width"] == 16 and saved["model"]["head.weight"].shape == (2, 16)
     for weights in tmp_path.glob("*/*.safetensors"):
         weights.unlink()
