@@ -8,7 +8,7 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check install --quiet --constraint $(CONSTRAINTS)
 NATIVE = $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-rare test-frameworks lint format bench evidence evidence-quick rank docs docs-version audit install-matrix fuzz faults numerics gpu-check clean
+.PHONY: demo test test-rare test-frameworks lint format bench evidence evidence-quick rank docs docs-version audit install-matrix wheels fuzz faults numerics gpu-check clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/mla-ext demo
@@ -86,6 +86,11 @@ audit: $(VENV)/.installed
 # Every way to install, each tried in an environment of its own: two hours and 20 GB of downloads, or ONLY="sdist editable".
 install-matrix:
 	$(PYTHON) benchmarks/stress/install_matrix.py $(ONLY)
+
+# What a release uploads, built in dist/ and tested: an hour and 15 GB of downloads. benchmarks/stress/wheels.py says what
+# it needs.
+wheels:
+	$(PYTHON) -m benchmarks.stress.wheels
 
 # The kernels under sanitizers, the public functions and the optimizer on random inputs, for SECONDS in all. With clang and
 # its libFuzzer installed the inputs are guided by coverage.

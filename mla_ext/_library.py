@@ -8,6 +8,7 @@ import platform
 import re
 import struct
 import warnings
+from collections.abc import Iterable
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
@@ -59,10 +60,11 @@ def describe(failure: Exception) -> str:
     def environment(python: str, pytorch: str, cuda: str | None, where: str) -> str:
         return f"Python {python}, PyTorch {pytorch}, {f'CUDA {cuda}' if cuda else 'no CUDA'} on {where}"
 
-    built = environment(facts["python"], facts["torch"], facts["cuda"], facts["platform"])
+    built = environment(facts["python"], facts["torch"], " and ".join(facts["cuda"]), facts["platform"])
     where = f"{platform.system()} {platform.machine()}"
     here = environment(platform.python_version(), torch.__version__, torch.version.cuda, where)
-    return f"its library was built for {built}, this is {here}, and loading it failed ({failure}); {remedy()}"
+    cause = failure.__cause__ or failure  # PyTorch hides what the linker says
+    return f"its library was built for {built}, this is {here}, and loading it failed ({cause}); {remedy()}"
 
 
 def check_whole(library: Path) -> None:
@@ -101,17 +103,27 @@ def load() -> tuple[ModuleType | None, str | None]:
     return None, reason
 
 
+def choose_cuda(versions: Iterable[str], pytorch: str | None) -> str | None:
+    """Which of these versions of CUDA is of the same major version as PyTorch's, so that its library can be loaded."""
+    major = (pytorch or "").partition(".")[0]
+    return next((version for version in versions if version.partition(".")[0] == major), None)
+
+
 def load_cuda() -> str | None:
     """Loads the CUDA operations; why they cannot be used, where that is so."""
     if load_error is not None:
         return load_error
-    if facts.get("cuda") is None:
-        return f"mla_ext was built without CUDA ({facts.get('cuda_reason')})"
+    if not facts["cuda"]:
+        return f"mla_ext was built without CUDA ({facts['cuda_reason']})"
     if torch.version.cuda is None:
         return f"PyTorch {torch.__version__} is a build without CUDA"
+    if cuda is None:
+        built, here = " and ".join(facts["cuda"]), f"PyTorch {torch.__version__} for CUDA {torch.version.cuda}"
+        return f"mla_ext has CUDA kernels for CUDA {built}, and this is {here}"
     try:
-        check_whole(PACKAGE / "_C_cuda.so")
-        torch.ops.load_library(PACKAGE / "_C_cuda.so")
+        library = PACKAGE / f"_C_cuda{cuda.partition('.')[0]}.so"
+        check_whole(library)
+        torch.ops.load_library(library)
         return None
     except OSError as failure:
         reason = describe(failure)
@@ -122,6 +134,7 @@ def load_cuda() -> str | None:
 check_torch(torch.__version__)
 facts = read_facts()
 module, load_error = load()
+cuda = choose_cuda(facts.get("cuda", {}), torch.version.cuda)  # of the library for this PyTorch; None: there is none
 cuda_load_error = load_cuda()
 _said: set[str] = set()
 

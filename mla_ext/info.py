@@ -14,16 +14,17 @@ __all__ = ["build_info"]
 def build_info() -> dict[str, Any]:
     """What mla_ext was built with, and what runs here.
 
-    version: of mla_ext. torch, cuda, compiler: versions it was built with (cuda None without the CUDA library; all
-    None when nothing was compiled). archs: GPU architectures. cpu_isa: the instruction set that the CPU kernels use on
-    this machine. backends: names that the `backend` arguments take here, best first.
+    version: of mla_ext. torch, compiler: versions it was built with (None when nothing was compiled). cuda: the version
+    of CUDA of the library for this PyTorch (None without one). archs: the GPU architectures in it. cpu_isa: the
+    instruction set that the CPU kernels use on this machine. backends: names that the `backend` arguments take here,
+    best first.
     """
     devices = [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
     return {
         "version": __version__,
         "torch": _library.facts.get("torch"),
-        "cuda": _library.facts.get("cuda"),
-        "archs": _library.facts.get("archs", []),
+        "cuda": _library.cuda,
+        "archs": _library.facts["cuda"][_library.cuda] if _library.cuda else [],
         "cpu_isa": _library.module and _library.module.cpu_isa(),
         "compiler": _library.facts.get("compiler"),
         "backends": list(dict.fromkeys(name for device in reversed(devices) for name in backends.usable(device))),

@@ -418,13 +418,13 @@ mla_ext.entropy_fusion(torch.zeros(2, 3, 4), backend="cpu")
 
 def test_a_cuda_library_that_fails_leaves_the_cpu_library(installed, tmp_path):
     _, facts = copy_installed(installed, tmp_path)
-    (tmp_path / "mla_ext" / "_build.json").write_text(json.dumps({**facts, "cuda": "12.8"}))
-    (tmp_path / "mla_ext" / "_C_cuda.so").write_bytes(b"not a library")
+    (tmp_path / "mla_ext" / "_build.json").write_text(json.dumps({**facts, "cuda": {"13.2": ["sm_90"]}}))
+    (tmp_path / "mla_ext" / "_C_cuda13.so").write_bytes(b"not a library")
     result = python(CUDA_LIBRARY_FAILS, tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("Warning: ") == 1
     assert "mla_ext runs without its CUDA kernels: its library was built for" in result.stderr
-    assert f"PyTorch {facts['torch']}, CUDA 12.8 on" in result.stderr
+    assert f"PyTorch {facts['torch']}, CUDA 13.2 on" in result.stderr
     assert f"PyTorch {torch.__version__}, CUDA 13.0 on" in result.stderr
     assert "'cpu'" in result.stdout
 

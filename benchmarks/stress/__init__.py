@@ -1,1 +1,1 @@
-"""What is rare and slow: faults, numerics over a million steps, fuzzing, every way to install."""
+"""What is rare and slow: faults, numerics over a million steps, fuzzing, installations, what a release uploads."""

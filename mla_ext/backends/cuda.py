@@ -1,4 +1,4 @@
-"""The CUDA kernels of csrc/cuda, in the library `_C_cuda`."""
+"""The CUDA kernels of csrc/cuda, in the library `_C_cuda12` or `_C_cuda13`."""
 
 from __future__ import annotations
 
