@@ -134,7 +134,8 @@ def load_cuda() -> str | None:
 check_torch(torch.__version__)
 facts = read_facts()
 module, load_error = load()
-cuda = choose_cuda(facts.get("cuda", {}), torch.version.cuda)  # of the library for this PyTorch; None: there is none
+# The CUDA version of the library for this PyTorch; None: there is none, as in what an older setup.py noted.
+cuda = choose_cuda(facts.get("cuda") or (), torch.version.cuda)
 cuda_load_error = load_cuda()
 _said: set[str] = set()
 
