@@ -39,12 +39,12 @@ def check_torch(version: str) -> None:
 
 
 def read_facts() -> dict[str, Any]:
-    """What CMakeLists.txt wrote beside the libraries that it built; nothing before a build, or where it is damaged."""
+    """What the build noted beside the libraries; nothing before a build, of a damaged note, or of an earlier layout's."""
     try:
-        written: dict[str, Any] = json.loads((PACKAGE / "_build.json").read_text(encoding="utf-8"))
+        written: Any = json.loads((PACKAGE / "_build.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return written
+    return written if isinstance(written, dict) and isinstance(written.get("cuda", {}), dict) else {}
 
 
 def remedy() -> str:
@@ -134,8 +134,7 @@ def load_cuda() -> str | None:
 check_torch(torch.__version__)
 facts = read_facts()
 module, load_error = load()
-# The CUDA version of the library for this PyTorch; None: there is none, as in what an older setup.py noted.
-cuda = choose_cuda(facts.get("cuda") or (), torch.version.cuda)
+cuda = choose_cuda(facts.get("cuda", {}), torch.version.cuda)  # of the library for this PyTorch; None: there is none
 cuda_load_error = load_cuda()
 _said: set[str] = set()
 

@@ -303,8 +303,12 @@ def copy_without_libraries(folder):
     shutil.copytree(ROOT / "mla_ext", folder / "mla_ext", ignore=shutil.ignore_patterns("_C*.so", "_build.json"))
 
 
-def test_unbuilt_checkout_works_on_the_reference_and_warns_once(tmp_path):
+@pytest.mark.parametrize("note", [None, "torn", "[]", '{"torch": "2.13.0", "cuda": null}'])
+def test_unbuilt_checkout_works_on_the_reference_and_warns_once(tmp_path, note):
+    """Nor does a note help that is damaged, or of a build of before there could be several CUDA libraries."""
     copy_without_libraries(tmp_path)
+    if note is not None:
+        (tmp_path / "mla_ext" / "_build.json").write_text(note)
     shutil.copy(ROOT / "CMakeLists.txt", tmp_path)
     result = python(USE_REFERENCE, tmp_path)
     assert result.returncode == 0, result.stderr
