@@ -39,7 +39,7 @@ def check_torch(version: str) -> None:
 
 
 def read_facts() -> dict[str, Any]:
-    """What the build noted beside the libraries; nothing before a build, of a damaged note, or of an earlier layout's."""
+    """What the build noted beside the libraries; nothing before a build, or where it is damaged or older."""
     try:
         written: Any = json.loads((PACKAGE / "_build.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
