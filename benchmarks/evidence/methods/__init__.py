@@ -75,6 +75,9 @@ METHODS = {
     "cggm": Method("CGGM", build_cggm, PROBE, "lambda", (0.1, 0.2, 0.5, 1.0), 0.2),
     "dgl": Method("DGL", build_dgl, COLUMNS, "alpha", (1.0, 2.0, 4.0, 8.0), 4.0),
     "alternating": Method("Alternation alone", build_alternating, SHARED, together=True),
+    "alternating-calibrated": Method(
+        "Alternation, calibrated fusion", build_alternating, SHARED, together=True, finish=calibrate
+    ),
     "adamw": Method("Alternation, AdamW, lr/10", build_adamw, SHARED),
     "slow-head": Method(
         "Alternation, slower head", build_slow_head, SHARED, "head's lr", (0.3, 0.1, 0.03, 0.01), 0.1, together=True
