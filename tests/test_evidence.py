@@ -415,8 +415,7 @@ def test_means_of_sums_leave_out_what_is_missing(source):
 def test_one_command_makes_every_table_without_an_empty_cell(tmp_path, capsys, monkeypatch):
     gap = {"distance": 0.5, "separability": 0.9}  # a quarter of the time, and tested above
     monkeypatch.setattr(runs, "modality_gap", lambda features, seed: gap | {"distance": 0.5 + seed})
-    pairs, triples = write_data(tmp_path / "pairs.npz"), write_data(tmp_path / "triples.npz", 3)
-    arguments = ["--data", pairs, triples, "--quick", "--epochs", "1", "--workers", "1"]
+    arguments = ["--data", write_data(tmp_path / "triples.npz", 3), "--quick", "--epochs", "1", "--workers", "1"]
     arguments += ["--runs", str(tmp_path / "runs.jsonl"), "--out", str(tmp_path / "out")]
     assert command.main(["all", *arguments]) == 0
     runs_expected = int(re.match(r"About (\d+) runs, 0 of them done: \d+ minutes", capsys.readouterr().out)[1])
@@ -424,7 +423,7 @@ def test_one_command_makes_every_table_without_an_empty_cell(tmp_path, capsys, m
     for name in experiments.EXPERIMENTS:
         page = pages[f"{name}.md"].read_text(encoding="utf-8")
         rows = [line for line in page.splitlines() if line.startswith("| ")]
-        assert len(rows) > 2
+        assert len(rows) > 1  # a head, and a row of the data set
         cells = [cell.strip() for row in rows for cell in row.strip("|").split("|")]
         if name not in ("order", "head", "table3"):
             assert "" not in cells
