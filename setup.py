@@ -18,6 +18,7 @@ from pathlib import Path
 
 import setuptools
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 SOURCE = Path(__file__).resolve().parent
 COMPILERS = ("c++", "g++", "clang++")
@@ -51,6 +52,20 @@ class Missing(Exception):
     """Something that the kernels are compiled with is not there."""
 
 
+def note_missing(package: Path, reason: str) -> None:
+    """What the package tells its user who has no kernels."""
+    (package / "_build.json").write_text(json.dumps({"missing": reason}, indent=2) + "\n", encoding="utf-8")
+
+
+class PythonBuild(build_py):
+    """Notes in a build without kernels that they were not wanted."""
+
+    def run(self) -> None:
+        super().run()
+        if build_mode() == "off" and not self.editable_mode:
+            note_missing(Path(self.build_lib) / "mla_ext", "it was built with MLA_EXT_BUILD=off; unset that")
+
+
 class CMakeBuild(build_ext):
     """Configures, builds and installs the libraries beside the package's modules."""
 
@@ -66,7 +81,7 @@ class CMakeBuild(build_ext):
         """Leaves word for the package, which works without the kernels and tells its user once."""
         package = Path(self.get_ext_fullpath("mla_ext._C")).resolve().parent
         package.mkdir(parents=True, exist_ok=True)
-        (package / "_build.json").write_text(json.dumps({"missing": reason}, indent=2) + "\n", encoding="utf-8")
+        note_missing(package, reason)
         sys.stderr.write(
             "\nmla_ext: installing without the compiled kernels; everything works, more slowly on a CPU.\n"
             f"To have them: {reason}\nMLA_EXT_BUILD=require makes this an error.\n\n"
@@ -128,5 +143,5 @@ for stale in (SOURCE / "build").glob("lib*"):  # setuptools never removes from t
     shutil.rmtree(stale)
 setuptools.setup(
     ext_modules=[] if build_mode() == "off" else [setuptools.Extension("mla_ext._C", sources=[])],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build_ext": CMakeBuild, "build_py": PythonBuild},
 )

@@ -242,7 +242,12 @@ def test_a_wheel_without_kernels(unpacked, tmp_path):
     (wheel,) = (tmp_path / "wheel").iterdir()
     assert wheel.name == "mla_ext-0.1.0-py3-none-any.whl"
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    assert names == python_files(ROOT) | {"mla_ext/py.typed"}
+    assert names == python_files(ROOT) | {"mla_ext/py.typed", "mla_ext/_build.json"}
+    zipfile.ZipFile(wheel).extractall(tmp_path / "here")
+    reason = (
+        "it was installed without its compiled kernels: it was built with MLA_EXT_BUILD=off; unset that, then install"
+    )
+    assert reason in python(USE_REFERENCE, tmp_path / "here").stderr
 
 
 @pytest.mark.parametrize("tool", ["cmake", "ninja"])
