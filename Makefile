@@ -8,7 +8,7 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check install --quiet --constraint $(CONSTRAINTS)
 NATIVE = $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-rare test-frameworks lint format bench evidence evidence-quick rank docs docs-version audit install-matrix wheels fuzz faults numerics gpu-check clean
+.PHONY: demo test test-rare test-frameworks lint format bench evidence evidence-quick rank docs docs-version audit install-matrix wheels fuzz faults numerics parity tables gpu-check clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/mla-ext demo
@@ -105,6 +105,14 @@ faults: $(VENV)/.installed
 # float32 against float64 over a million steps.
 numerics: $(VENV)/.installed
 	$(RUN) -m benchmarks.stress.numerics
+
+# The error of every backend over that of plain PyTorch.
+parity: $(VENV)/.installed
+	TRITON_INTERPRET=1 PYTHONPATH=tests $(RUN) -m benchmarks.stress.parity_table
+
+# The tables of speed and trust made again, in two hours, alone on the machine. The longer ones have targets of their own:
+# evidence, rank, install-matrix, wheels.
+tables: bench parity numerics faults fuzz
 
 # On a machine with a GPU, in its own Python (PYTHON=...): build, tests, sanitizers and benchmarks, as files in $$OUT.
 # DEVICE=emulated makes a dry run on any machine, in build/gpu_check.

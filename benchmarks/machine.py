@@ -8,9 +8,13 @@ import platform
 
 import torch
 
+import mla_ext
+
+from .commit import commit
+
 
 def machine(device: str) -> str:
-    """One line for the head of a table: processor, threads, load, versions, date."""
+    """One line for the head of a table: processor, threads, load, versions, commit, date."""
     name = torch.cuda.get_device_name() if device == "cuda" else _cpu_name()
     facts = [
         name,
@@ -18,6 +22,7 @@ def machine(device: str) -> str:
         f"load {os.getloadavg()[0]:.1f}",
         f"PyTorch {torch.__version__}",
         f"Python {platform.python_version()}",
+        f"mla_ext {mla_ext.__version__} ({commit() or 'no commit'})",
         str(datetime.date.today()),
     ]
     return ", ".join(facts)

@@ -10,7 +10,6 @@ import json
 import multiprocessing
 import os
 import platform
-import subprocess
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -27,6 +26,7 @@ from mla_ext.multimodal.fit import NonFiniteLossError
 from mla_ext.multimodal.metrics import score
 from mla_ext.multimodal.model import ORDERS, MultimodalModel
 
+from ..commit import commit
 from . import together
 from .measures import modality_gap, trust, unit_features
 from .methods import BATCH_SIZE, METHODS, MeanFused, Setting
@@ -264,10 +264,8 @@ def samples(source: str) -> int:
 
 def provenance() -> dict[str, Any]:
     """What a result was made with."""
-    root = Path(__file__).parents[2]
-    git = subprocess.run(["git", "-C", root, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     return {
-        "commit": git.stdout.strip() or None,
+        "commit": commit(),
         "mla_ext": mla_ext.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),

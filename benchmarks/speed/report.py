@@ -110,9 +110,7 @@ def write(
     """
     dtype = str(parsed.dtype).removeprefix("torch.")
     stem = parsed.out / "_".join([name, parsed.device, *([] if dtype == "float32" else [dtype])])
-    made = (
-        f"{dtype}. {machine(parsed.device)}, mla_ext {mla_ext.__version__}, kernels {mla_ext.build_info()['cpu_isa']}."
-    )
+    made = f"{dtype}. {machine(parsed.device)}, kernels {mla_ext.build_info()['cpu_isa']}."
     names = candidates(rows)
     page = "\n\n".join([" ".join(about.split()) + " " + made, *_tables(rows, names, baselines)]) + "\n"
     parsed.out.mkdir(parents=True, exist_ok=True)

@@ -1,12 +1,11 @@
 """Writes docs/dev/parity.md: every backend's error over that of plain PyTorch in the same dtype.
 
-TRITON_INTERPRET=1 python benchmarks/stress/parity_table.py
+`make parity`
 """
 
 from __future__ import annotations
 
 import os
-import platform
 import warnings
 from pathlib import Path
 
@@ -16,6 +15,8 @@ from parity import error
 from mla_ext import backends, ops, reference
 from mla_ext.projection import Projection
 from mla_ext.reference import Hyperparameters, accumulate_dtype
+
+from ..machine import machine
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "dev" / "parity.md"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -148,11 +149,11 @@ In float64 PyTorch is the truth itself, and the table gives the error relative t
 
 N = {N} samples, s = {S} features, C = {C} classes, M = {M} modalities; {STEPS} updates or steps in a row,
 {RANK_STEPS} of the rank form, with two compressions.
-PyTorch {torch.__version__} on {platform.machine()}. Triton's column comes from its interpreter on CPU tensors, which
-computes with NumPy: it shows the algorithm, not a GPU's arithmetic (NumPy adds up the rows of a feature mean one after
-the other, a GPU in a tree). No GPU is behind this table; on one, `tests/test_ops.py` holds every backend to the bound.
+The column of the reference differs from 1 where that backend works in place, in another order of operations.
+Triton's column comes from its interpreter on CPU tensors, which computes with NumPy: it shows the algorithm, not a GPU's
+arithmetic (NumPy adds up the rows of a feature mean one after the other, a GPU in a tree). No GPU is behind this table; on one, `tests/test_ops.py` holds every backend to the bound.
 
-Written by `TRITON_INTERPRET=1 python benchmarks/stress/parity_table.py`.
+{machine("cpu")}. Written by `make parity`.
 
 """ + "\n".join(table(names))
     temporary = PAGE.with_suffix(".tmp")

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.commit import commit
 from benchmarks.stress import old_glibc
 from benchmarks.stress.install_matrix import ROOT, SMOKE, TEST_TOOLS, TESTS, Failed, run
 
@@ -191,9 +192,10 @@ def toolkit(major: str) -> Path | None:
 
 PREFACE = """# What a release uploads
 
-`make wheels` builds it from the sdist, in `dist/`. It did so in {where} on {date}. The CUDA libraries in the wheels
-hold code for {archs}. Each wheel was installed with pip in an empty environment. There `mla-ext doctor` ran, the
-compiled operations were held to the reference in float64, and the tests passed from a copy in an otherwise empty folder
+`make wheels` builds it from the sdist, in `dist/`. It did so in {where} on {date}, from commit {commit}. The CUDA
+libraries in the wheels hold code for {archs}.
+Each wheel was installed with pip in an empty environment. There `mla-ext doctor` ran, the compiled operations were held
+to the reference in float64, and the tests passed from a copy in an otherwise empty folder
 ({tests}).
 
 """
@@ -204,7 +206,7 @@ def write_page(rows: list[str], missing: list[str], builder: Builder) -> None:
     archs = "; ".join(f"{', '.join(archs)} (CUDA {version})" for version, archs in builder.archs.items())
     system = f"{platform.freedesktop_os_release()['PRETTY_NAME']} (glibc {platform.libc_ver()[1]})"
     tests = ", ".join(f"`{name}`" for name in TESTS)
-    text = PREFACE.format(where=system, date=datetime.date.today(), archs=archs, tests=tests)
+    text = PREFACE.format(where=system, date=datetime.date.today(), commit=commit(), archs=archs, tests=tests)
     text += HEADER + "".join(f"{row}\n" for row in rows)
     if missing:
         text += "\nNot made on that machine:\n\n" + "".join(f"- {reason}\n" for reason in missing)
