@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 from . import _library  # noqa: F401  # first: it says what is wrong with PyTorch
 from .adamw import ProjectedAdamW

@@ -144,9 +144,11 @@ def test_public_modules_say_what_is_public(path):
     assert "\n__all__ = [" in path.read_text("utf-8")
 
 
-def test_the_citations_name_this_version():
-    citation = (ROOT / "CITATION.cff").read_text("utf-8")
-    assert f"\nversion: {mla_ext.__version__}\n" in citation
+def test_changelog_and_citations_name_this_version():
+    changelog, citation = ((ROOT / name).read_text("utf-8") for name in ("CHANGELOG.md", "CITATION.cff"))
+    version, date = re.search(r"^## (\S+) \((\d{4}-\d\d-\d\d)\)$", changelog, flags=re.MULTILINE).groups()
+    assert changelog.index(f"## {version}") == changelog.index("## ") and version == mla_ext.__version__
+    assert f"\nversion: {version}\ndate-released: {date}\n" in citation
     assert f"version = {{{mla_ext.__version__}}}" in README
     assert "2311.10707" in citation and "2311.10707" in README
 

@@ -127,6 +127,17 @@ def test_an_optimizer_goes_on(s, tolerance):
     torch.testing.assert_close(model.state_dict(), continued["model"], **tolerance)
 
 
+@pytest.mark.parametrize("s", ACTIVE)
+def test_the_defaults_of_0_1_0_give_its_results(s, tolerance):
+    """docs/changes.md says so."""
+    saved = read(f"saved_{s}")
+    model, optimizer = make(s, alpha_scale=None, rank=None)
+    train(model, optimizer, range(BEFORE))
+    P = optimizer.projection(model[2].weight)
+    torch.testing.assert_close(P, saved["optimizer"]["state"][2]["projection"], **tolerance)
+    torch.testing.assert_close(model.state_dict(), saved["model"], **tolerance)
+
+
 @pytest.mark.parametrize("epochs", [3, 4])
 def test_a_run_goes_on(tmp_path, tolerance, epochs):
     if epochs == 4:  # 0.1.0 made all updates of P at the end of each epoch; now they are made when there are 16

@@ -109,7 +109,7 @@ def test_metadata(wheel):
     archive = zipfile.ZipFile(wheel)
     (name,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
     metadata = email.message_from_bytes(archive.read(name))
-    assert (metadata["Name"], metadata["Version"]) == ("mla_ext", "0.1.0")
+    assert (metadata["Name"], metadata["Version"]) == ("mla_ext", mla_ext.__version__)
     assert metadata["License-Expression"] == "MIT"
     assert metadata["License-File"] == "LICENSE"
     assert metadata["Requires-Python"] == ">=3.10"
@@ -136,7 +136,7 @@ print(json.dumps([mla_ext.__file__, bool(same), mla_ext.build_info()]))
     file, same, info = json.loads(result.stdout)
     assert Path(file).is_relative_to(installed)
     assert same
-    assert info["version"] == "0.1.0"
+    assert info["version"] == mla_ext.__version__
     assert info["cuda"] is None and info["archs"] == []
     assert info["cpu_isa"] in ("baseline", "avx2", "avx512")
     assert {"cpu", "reference"} <= set(info["backends"])
@@ -240,7 +240,7 @@ def test_a_wheel_without_kernels(unpacked, tmp_path):
     result = build_wheel(unpacked, tmp_path / "wheel", MLA_EXT_BUILD="off", PATH=str(tmp_path))
     assert result.returncode == 0, result.stderr
     (wheel,) = (tmp_path / "wheel").iterdir()
-    assert wheel.name == "mla_ext-0.1.0-py3-none-any.whl"
+    assert wheel.name == f"mla_ext-{mla_ext.__version__}-py3-none-any.whl"
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert names == python_files(ROOT) | {"mla_ext/py.typed", "mla_ext/_build.json"}
     zipfile.ZipFile(wheel).extractall(tmp_path / "here")

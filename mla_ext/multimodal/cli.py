@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="mla-ext",
         description="Multimodal learning by alternating unimodal adaptation (MLA, arXiv 2311.10707).",
     )
-    commands_ = parser.add_subparsers(required=True, metavar="{demo,train,evaluate,predict,plot,info}")
+    commands_ = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(
         run: Callable[[argparse.Namespace], None], name: str, text: str, usage: str | None = None
