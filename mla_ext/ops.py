@@ -120,7 +120,7 @@ def _run_contiguous(step: HeadStep, backend: Backend) -> None:
 
 
 def entropy_fusion(
-    logits: Tensor, present: Tensor | None = None, temperatures: Tensor | None = None, backend: str = "auto"
+    logits: Tensor, present: Tensor | None = None, backend: str = "auto", temperatures: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Fuse logits (M, N, C) sample by sample, each modality weighted by its certainty (eq. 7-9).
 
@@ -130,22 +130,22 @@ def entropy_fusion(
     float32 (float64 for float64), which sum to 1 over the present modalities. A sample without any modality gets
     zeros. A test-time operation: no gradient flows through it.
     """
-    return _fusion(logits, present, temperatures, backend, equal=False)
+    return _fusion(logits, present, backend, temperatures, equal=False)
 
 
 def calibrated_fusion(
-    logits: Tensor, present: Tensor | None = None, temperatures: Tensor | None = None, backend: str = "auto"
+    logits: Tensor, present: Tensor | None = None, backend: str = "auto", temperatures: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The mean of logits_m / T_m over the modalities that are present: `entropy_fusion` with equal weights λ.
 
     Arguments, results and errors are as of `entropy_fusion`; `mla_ext.calibrate` finds temperatures.
     """
-    return _fusion(logits, present, temperatures, backend, equal=True)
+    return _fusion(logits, present, backend, temperatures, equal=True)
 
 
 @torch.no_grad()
 def _fusion(
-    logits: Tensor, present: Tensor | None, temperatures: Tensor | None, backend: str, equal: bool
+    logits: Tensor, present: Tensor | None, backend: str, temperatures: Tensor | None, equal: bool
 ) -> tuple[Tensor, Tensor]:
     checks.check_tensor("logits", logits, ("M", "N", "C"))
     M, N, C = logits.shape

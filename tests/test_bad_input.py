@@ -166,7 +166,7 @@ def test_entropy_fusion(logits, present, error, message):
 )
 def test_temperatures(fusion, temperatures, error, message):
     with pytest.raises(error, match=message):
-        fusion(ones(2, 3, 4), None, temperatures)
+        fusion(ones(2, 3, 4), temperatures=temperatures)
 
 
 @pytest.mark.parametrize(

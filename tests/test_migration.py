@@ -57,7 +57,7 @@ def train(model, optimizer, steps):
 
 
 def command_line(*arguments):
-    """In this process, so that it has one thread. The module's place changed after 0.1.0."""
+    """In this process, so that it has one thread. The module's place changed before 0.1.0."""
     try:
         from mla_ext.multimodal.cli import main
     except ImportError:

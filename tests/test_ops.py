@@ -242,7 +242,7 @@ def test_fusions_with_temperatures(device, backend, dtype, name, M, N, C):
     present = (torch.rand(M, N, generator=torch.Generator().manual_seed(1)) > 0.4).to(device)
     temperatures = torch.tensor([0.3, 7.0, 1.0, 0.9])[:M].to(device)
     poisoned = logits.masked_fill(~present.unsqueeze(-1), torch.nan)
-    fused, weights = getattr(ops, name)(poisoned, present, temperatures, backend=backend)
+    fused, weights = getattr(ops, name)(poisoned, present, backend, temperatures)
     plain = getattr(reference, name)(logits, present, temperatures)
     truth = getattr(reference, name)(logits.double() / temperatures.double().view(-1, 1, 1), present)
     for actual, rounded, true in zip((fused, weights), plain, truth, strict=True):
@@ -257,7 +257,7 @@ def test_temperatures_of_one_change_no_bit(device, backend, name):
     logits = randn(3, 9, 33, dtype=torch.float32, device=device)
     for without, ones in zip(
         getattr(ops, name)(logits, backend=backend),
-        getattr(ops, name)(logits, None, torch.ones(3), backend=backend),
+        getattr(ops, name)(logits, temperatures=torch.ones(3), backend=backend),
         strict=True,
     ):
         assert torch.equal(without, ones)

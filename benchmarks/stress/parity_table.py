@@ -150,8 +150,9 @@ In float64 PyTorch is the truth itself, and the table gives the error relative t
 N = {N} samples, s = {S} features, C = {C} classes, M = {M} modalities; {STEPS} updates or steps in a row,
 {RANK_STEPS} of the rank form, with two compressions.
 The column of the reference differs from 1 where that backend works in place, in another order of operations.
-Triton's column comes from its interpreter on CPU tensors, which computes with NumPy: it shows the algorithm, not a GPU's
-arithmetic (NumPy adds up the rows of a feature mean one after the other, a GPU in a tree). No GPU is behind this table; on one, `tests/test_ops.py` holds every backend to the bound.
+Triton's column comes from its interpreter on CPU tensors, which computes with NumPy: it shows the algorithm, not the
+arithmetic of a GPU (NumPy adds up the rows of a feature mean one after the other, a GPU in a tree). No GPU is behind
+this table; on one, `tests/test_ops.py` holds every backend to the bound.
 
 {machine("cpu")}. Written by `make parity`.
 

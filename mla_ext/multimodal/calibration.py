@@ -58,7 +58,7 @@ def calibrate(
 
 def _best(model: SharedHeadModel, prediction: Prediction, labels: Tensor) -> str:
     """The fusion with the highest accuracy."""
-    calibrated, _ = calibrated_fusion(prediction.unimodal, prediction.present, model.temperatures)
+    calibrated, _ = calibrated_fusion(prediction.unimodal, prediction.present, temperatures=model.temperatures)
     fusions = prediction.fusions | {"calibrated": calibrated}
     right = {name: int((fusions[name].argmax(dim=-1).cpu() == labels).sum()) for name in PREFERRED}
     return max(right, key=right.__getitem__)  # the first of equal ones

@@ -192,7 +192,7 @@ def _predict(
     entropy, weights = entropy_fusion(unimodal, present)
     fusions = {"mean": calibrated_fusion(unimodal, present)[0], "entropy": entropy}
     if isinstance(model, SharedHeadModel):
-        fusions["calibrated"] = calibrated_fusion(unimodal, present, model.temperatures)[0]
+        fusions["calibrated"] = calibrated_fusion(unimodal, present, temperatures=model.temperatures)[0]
     joint = [b.joint for b in batches if b.joint is not None]
     if joint:
         fusions["joint"] = torch.cat(joint)
