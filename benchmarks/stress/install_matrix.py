@@ -1,6 +1,6 @@
 """Installs the package in every promised way, in throw-away environments, and writes docs/dev/install_matrix.md.
 
-    python benchmarks/stress/install_matrix.py [--list] [NAME ...]
+    python -m benchmarks.stress.install_matrix [--list] [NAME ...]
 
 All of them take about two hours and 20 GB of downloads.
 
@@ -24,6 +24,8 @@ import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
+
+from ..commit import commit
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "dev" / "install_matrix.md"
@@ -350,7 +352,9 @@ def recorded() -> dict[str, str]:
 
 
 def record(name: str, row: Row) -> None:
-    where = f"{datetime.date.today()}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"
+    sources = f"mla_ext {commit() or 'without a commit'}"
+    python = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}"
+    where = f"{datetime.date.today()}, {sources}, {python}"
     cells = [f"`{name}`", COMBINATIONS[name][0], row.built, row.here, row.cuda, row.result, where]
     rows = recorded() | {name: f"| {' | '.join(cells)} |"}
     table = HEADER + "\n".join(rows[name] for name in COMBINATIONS if name in rows) + "\n"
