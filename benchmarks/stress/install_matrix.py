@@ -132,7 +132,8 @@ class Environment:
         run([sys.executable, "-m", "venv", folder], work)
         constraints = work / "constraints.txt"
         pinned = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-        constraints.write_text("\n".join(line for line in pinned if not re.match(r"(torch|triton|setuptools)==", line)))
+        own = re.compile(r"(torch|triton|setuptools|sympy)==")  # each release of PyTorch has its own
+        constraints.write_text("\n".join(line for line in pinned if not own.match(line)))
         self.pip("install", RELEASES[release], *BUILD_TOOLS)  # together: PyTorch has a say in setuptools
         self.pip("install", "--constraint", constraints, RELEASES[release], *BUILD_TOOLS, *TEST_TOOLS)
         facts = "import torch; print(torch.__version__, (torch.version.cuda or 'none').split('.')[0])"
