@@ -85,7 +85,7 @@ audit: $(VENV)/.installed
 
 # Every way to install, each tried in an environment of its own: two hours and 20 GB of downloads, or ONLY="sdist editable".
 install-matrix:
-	$(PYTHON) benchmarks/stress/install_matrix.py $(ONLY)
+	$(PYTHON) -m benchmarks.stress.install_matrix $(ONLY)
 
 # What a release uploads, built in dist/ and tested: an hour and 15 GB of downloads. benchmarks/stress/wheels.py says what
 # it needs.

@@ -1,6 +1,6 @@
 """Installs the package in every promised way, in throw-away environments, and writes docs/dev/install_matrix.md.
 
-    python benchmarks/stress/install_matrix.py [--list] [NAME ...]
+    python -m benchmarks.stress.install_matrix [--list] [NAME ...]
 
 All of them take about two hours and 20 GB of downloads.
 
@@ -24,6 +24,8 @@ import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
+
+from ..commit import commit
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "dev" / "install_matrix.md"
@@ -130,7 +132,8 @@ class Environment:
         run([sys.executable, "-m", "venv", folder], work)
         constraints = work / "constraints.txt"
         pinned = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-        constraints.write_text("\n".join(line for line in pinned if not re.match(r"(torch|triton|setuptools)==", line)))
+        own = re.compile(r"(torch|triton|setuptools|sympy)==")  # each release of PyTorch has its own
+        constraints.write_text("\n".join(line for line in pinned if not own.match(line)))
         self.pip("install", RELEASES[release], *BUILD_TOOLS)  # together: PyTorch has a say in setuptools
         self.pip("install", "--constraint", constraints, RELEASES[release], *BUILD_TOOLS, *TEST_TOOLS)
         facts = "import torch; print(torch.__version__, (torch.version.cuda or 'none').split('.')[0])"
@@ -350,7 +353,9 @@ def recorded() -> dict[str, str]:
 
 
 def record(name: str, row: Row) -> None:
-    where = f"{datetime.date.today()}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"
+    sources = f"mla_ext {commit() or 'without a commit'}"
+    python = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}"
+    where = f"{datetime.date.today()}, {sources}, {python}"
     cells = [f"`{name}`", COMBINATIONS[name][0], row.built, row.here, row.cuda, row.result, where]
     rows = recorded() | {name: f"| {' | '.join(cells)} |"}
     table = HEADER + "\n".join(rows[name] for name in COMBINATIONS if name in rows) + "\n"
