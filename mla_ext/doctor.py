@@ -17,7 +17,7 @@ from .reference import Hyperparameters
 
 __all__ = ["diagnose"]
 
-PACKAGES = ("torch", "triton", "numpy")
+PACKAGES = ("triton", "numpy")
 TOLERANCE = 1e-4  # of float32 against the reference in float64, relative to the largest number
 HYPER = Hyperparameters(lr=0.1, momentum=0.9, weight_decay=0.01)
 
@@ -25,7 +25,8 @@ HYPER = Hyperparameters(lr=0.1, momentum=0.9, weight_decay=0.01)
 def diagnose() -> tuple[str, bool]:
     """A report to read or to paste into an issue, and whether every backend that runs here is right."""
     lines = [f"Python {platform.python_version()}, {platform.platform()}, {torch.get_num_threads()} threads"]
-    lines.append(", ".join(f"{name} {_version(name)}" for name in PACKAGES))
+    versions = [f"{name} {_version(name)}" for name in PACKAGES]
+    lines.append(", ".join([f"torch {torch.__version__}", *versions]))  # with its CUDA, which pip does not tell
     lines += [f"{name}: {_text(value)}" for name, value in build_info().items()]
     healthy = True
     for device in _devices():
