@@ -192,8 +192,8 @@ def toolkit(major: str) -> Path | None:
 
 PREFACE = """# What a release uploads
 
-`make wheels` builds it from the sdist, in `dist/`. It did so in {where} on {date}, from commit {commit}. The CUDA
-libraries in the wheels hold code for {archs}.
+`make wheels` builds it from the sdist, in `dist/`. It did so on {date} from commit {commit}, in {where}.
+The CUDA libraries in the wheels hold code for {archs}.
 Each wheel was installed with pip in an empty environment. There `mla-ext doctor` ran, the compiled operations were held
 to the reference in float64, and the tests passed from a copy in an otherwise empty folder
 ({tests}).
