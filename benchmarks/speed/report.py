@@ -243,7 +243,7 @@ def bars(rows: Sequence[Row], baselines: Sequence[str]) -> Any:
     figure, axes = plots.canvas(len(groups), 1, 11, 3.2)
     colors = dict(zip(baselines, plots.COLORS, strict=False))
     for ax, (title, group) in zip(axes.flat, groups.items(), strict=True):
-        labels = [", ".join(map(str, list(row.sizes.values())[1:])) for row in group]
+        labels = [", ".join(map(str, list(row.sizes.values())[1:])).replace(", ", "\n", 1) for row in group]
         compared = [name for name in baselines if any(name in row.timings for row in group)]
         heights = {name: [row.speedup(name) or 0 for row in group] for name in compared}
         plots.ratios(ax, labels, heights, colors)
