@@ -27,6 +27,7 @@ def diagnose() -> tuple[str, bool]:
     lines = [f"Python {platform.python_version()}, {platform.platform()}, {torch.get_num_threads()} threads"]
     versions = [f"{name} {_version(name)}" for name in PACKAGES]
     lines.append(", ".join([f"torch {torch.__version__}", *versions]))  # with its CUDA, which pip does not tell
+    lines.append("mla_ext.build_info(), where torch is what the kernels were built with:")
     lines += [f"{name}: {_text(value)}" for name, value in build_info().items()]
     healthy = True
     for device in _devices():

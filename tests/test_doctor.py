@@ -19,6 +19,7 @@ def test_a_healthy_installation(capsys):
     assert cli.main(["doctor"]) == 0
     report = capsys.readouterr().out
     cpu = torch.device("cpu")
+    assert "torch is what the kernels were built with:\n" in report
     assert f"torch {torch.__version__}" in report and "All that runs here is right." in report
     assert f"backend='auto' takes {backends.usable(cpu)[0]}\n" in report
     for name, backend in backends.BACKENDS.items():
