@@ -27,11 +27,12 @@ def diagnose() -> tuple[str, bool]:
     lines = [f"Python {platform.python_version()}, {platform.platform()}, {torch.get_num_threads()} threads"]
     versions = [f"{name} {_version(name)}" for name in PACKAGES]
     lines.append(", ".join([f"torch {torch.__version__}", *versions]))  # with its CUDA, which pip does not tell
+    lines.append("mla_ext.build_info(), where torch is what the kernels were built with:")
     lines += [f"{name}: {_text(value)}" for name, value in build_info().items()]
     healthy = True
     for device in _devices():
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-        lines += ["", f"{device} ({name}): backend='auto' takes {backends.choose('auto', device).name}"]
+        lines += ["", f"{device} ({name}): backend='auto' takes {backends.usable(device)[0]}"]
         for backend in backends.BACKENDS.values():
             reason = backend.unusable(device)
             if reason is None:
@@ -87,14 +88,17 @@ def _results(backend: str, device: torch.device) -> Iterator[tuple[Tensor, Tenso
     start, grads, means = randn(C, s), [randn(C, s) for _ in range(10)], [randn(s) for _ in range(10)]
     for rank in (None, R):
         weight = start.float().to(device)
-        momentum, step = torch.zeros_like(weight), torch.zeros((), device=device)
+        momentum, step = torch.zeros_like(weight), torch.zeros((), dtype=torch.float32, device=device)
         P = Projection.identity(s, rank, 0, torch.float32, device)
         true_weight, true_momentum = start, torch.zeros_like(start)
         base, beta, rows = torch.eye(s, dtype=torch.float64, device="cpu"), start.new_ones(()), start.new_zeros(0, s)
         for t, (grad, mean) in enumerate(zip(grads, means, strict=True)):
             given = (grad.float().to(device), momentum, P, mean.float().to(device), step, HYPER)
             ops.head_step_(weight, *given, backend=backend)
-            before, after = (true_weight, grad, true_momentum), (mean, torch.tensor(float(t), device="cpu"), HYPER)
+            before, after = (
+                (true_weight, grad, true_momentum),
+                (mean, torch.tensor(t, dtype=torch.float32, device="cpu"), HYPER),
+            )
             if rank is None:
                 true_weight, made, base = reference.head_step(*before, base, *after)
             else:

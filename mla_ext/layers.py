@@ -12,6 +12,7 @@ import re
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checks import describe
 from .links import see
 from .reference import accumulate_dtype
 
@@ -48,13 +49,18 @@ def find_heads(model: nn.Module, pattern: str) -> list[nn.Linear | nn.Conv2d]:
     """The linear layers and convolutions of `model` that a regular expression names, for `heads=` of an optimizer.
 
     pattern must match the whole name, as in `model.named_modules()`, of a layer or of a module that holds some.
-    Raises ValueError, with the names there are, where no layer is found, or for what is no regular expression.
+    Raises ValueError, with the names there are, where no layer is found, or for what is no regular expression,
+    TypeError for a model that is no nn.Module or a pattern that is no str.
     """
     return [*named_heads(model, pattern).values()]
 
 
 def named_heads(model: nn.Module, pattern: str) -> dict[str, nn.Linear | nn.Conv2d]:
     """`find_heads`, each under its own name."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {describe(model)}")
+    if not isinstance(pattern, str):
+        raise TypeError(f"pattern: expected a str, got {describe(pattern)}")
     try:
         expression = re.compile(pattern)
     except re.error as error:

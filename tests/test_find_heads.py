@@ -42,3 +42,7 @@ def test_a_pattern_that_names_no_layer_is_said_with_the_names_there_are(pattern)
 def test_what_is_no_pattern():
     with pytest.raises(ValueError, match=r"pattern: expected a regular expression, got '\('"):
         find_heads(model(), "(")
+    with pytest.raises(TypeError, match=r"pattern: expected a str, got NoneType None"):
+        find_heads(model(), None)
+    with pytest.raises(TypeError, match=r"model: expected an nn.Module, got list \[\]"):
+        find_heads([], "head")
