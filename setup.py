@@ -63,7 +63,7 @@ class PythonBuild(build_py):
     def run(self) -> None:
         super().run()
         if build_mode() == "off" and not self.editable_mode:
-            note_missing(Path(self.build_lib) / "mla_ext", "it was built with MLA_EXT_BUILD=off; unset that")
+            note_missing(Path(self.build_lib) / "mla_ext", "this build has none (MLA_EXT_BUILD=off); unset that, if you set it")
 
 
 class CMakeBuild(build_ext):

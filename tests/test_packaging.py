@@ -245,7 +245,8 @@ def test_a_wheel_without_kernels(unpacked, tmp_path):
     assert names == python_files(ROOT) | {"mla_ext/py.typed", "mla_ext/_build.json"}
     zipfile.ZipFile(wheel).extractall(tmp_path / "here")
     reason = (
-        "it was installed without its compiled kernels: it was built with MLA_EXT_BUILD=off; unset that, then install"
+        "it was installed without its compiled kernels: this build has none (MLA_EXT_BUILD=off); unset that, if you "
+        "set it, then install"
     )
     assert reason in python(USE_REFERENCE, tmp_path / "here").stderr
 

@@ -34,6 +34,8 @@ struct EntropyFusion {
   void* fused;
   void* weights;
   int64_t M, N, C;
+  const void* temperatures;  // or null
+  bool equal;
 };
 
 /// Chooses one of the variants, and the order in which its threads or pieces of work run.

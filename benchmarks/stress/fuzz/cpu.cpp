@@ -122,7 +122,8 @@ void settle(DType accumulate, const mla_ext::Projection& P, int64_t s) {
 void plain_sgd(const cpu::PlainSgd& step) { kernels->plain_sgd(step, parallel_for); }
 
 void entropy_fusion(DType dtype, const EntropyFusion& f) {
-  kernels->entropy_fusion(dtype, {f.logits, f.present, f.fused, f.weights, f.M, f.N, f.C}, parallel_for);
+  kernels->entropy_fusion(dtype, {f.logits, f.present, f.fused, f.weights, f.M, f.N, f.C, f.temperatures, f.equal},
+                          parallel_for);
 }
 
 }  // namespace fuzz

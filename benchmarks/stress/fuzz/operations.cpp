@@ -228,8 +228,15 @@ void try_entropy_fusion(Input& input) {
   std::mt19937 generator(input.byte());
   const auto present = std::make_unique<bool[]>(size_t(M * N));
   for (int64_t i = 0; i < M * N; ++i) present[size_t(i)] = all || generator() % 3;
+  const bool equal = input.flag();
+  Array temperatures(accumulate, input.flag() ? M : -1), f(accumulate, M * N * C);  // f: logits / T
+  for (int64_t m = 0; m < temperatures.count(); ++m) temperatures.set(m, std::ldexp(1.0L, int(input.below(5)) - 2));
+  for (int64_t i = 0; i < M * N * C; ++i) {  // powers of two round nothing
+    f.set(i, logits.get(i) / (temperatures.is_present() ? temperatures.get(i / (N * C)) : 1));
+  }
   const Array before = logits;
-  entropy_fusion(dtype, {logits.data(), all ? nullptr : present.get(), fused.data(), weights.data(), M, N, C});
+  entropy_fusion(dtype, {logits.data(), all ? nullptr : present.get(), fused.data(), weights.data(), M, N, C,
+                         temperatures.data(), equal});
   check_same_bits("logits", logits, before);
 
   for (int64_t n = 0; n < N; ++n) {
@@ -239,8 +246,8 @@ void try_entropy_fusion(Input& input) {
     for (int64_t m = 0; m < M; ++m) {
       if (!present[size_t(m * N + n)]) continue;
       std::vector<long double> x(static_cast<size_t>(C));
-      for (int64_t c = 0; c < C; ++c) x[size_t(c)] = logits.get((m * N + n) * C + c);
-      entropies[size_t(m)] = entropy(x);
+      for (int64_t c = 0; c < C; ++c) x[size_t(c)] = f.get((m * N + n) * C + c);
+      entropies[size_t(m)] = equal ? Entropy{0, 0} : entropy(x);
       finite = finite && std::isfinite(entropies[size_t(m)].value);
       lowest = std::min(lowest, entropies[size_t(m)].value);
       error = std::max(error, entropies[size_t(m)].error);
@@ -257,7 +264,7 @@ void try_entropy_fusion(Input& input) {
     }
     for (int64_t c = 0; c < C; ++c) {
       const auto logit = [&](int64_t m) {
-        return Bounded{present[size_t(m * N + n)] ? logits.get((m * N + n) * C + c) : 0, 0};
+        return Bounded{present[size_t(m * N + n)] ? f.get((m * N + n) * C + c) : 0, 0};
       };
       check("fused", fused, n * C + c, dot(M, [&](int64_t m) { return lambda[size_t(m)]; }, logit), dtype);
     }
