@@ -63,7 +63,8 @@ class PythonBuild(build_py):
     def run(self) -> None:
         super().run()
         if build_mode() == "off" and not self.editable_mode:
-            note_missing(Path(self.build_lib) / "mla_ext", "this build has none (MLA_EXT_BUILD=off); unset that, if you set it")
+            reason = "this build has none (MLA_EXT_BUILD=off); unset that, if you set it"
+            note_missing(Path(self.build_lib) / "mla_ext", reason)
 
 
 class CMakeBuild(build_ext):

@@ -69,6 +69,13 @@ def test_a_defect_is_found(program, sanitizer, file, old, new, report, tmp_path)
         programs.run_program(broken, seed=0, inputs=INPUTS)
 
 
+@pytest.mark.rare
+@needs_compiler
+def test_the_emulated_cuda_kernels_agree_with_plain_loops(tmp_path):
+    program = programs.build_cuda(tmp_path, programs.RANDOM, programs.ADDRESS)
+    assert programs.run_program(program, 0, inputs=INPUTS).startswith(f"{INPUTS} inputs")
+
+
 @pytest.mark.parametrize("name", public.TARGETS)
 def test_public_functions_refuse_or_return(name, tmp_path):
     outcomes = {public.run_one(name, seed, tmp_path) for seed in range(60)}
