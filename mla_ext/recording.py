@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ._library import is_older
 from .checks import WEIGHT_DTYPES
 from .layers import patch_mean
 from .links import see
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Handles", "Link", "Recorder"]
 
-_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # PyTorch before 2.7 has no such question
+_IS_OLDER = is_older(torch.__version__, (2, 10))
 _NO_FEATURES = see("troubleshooting#a-head-without-features")
 
 
@@ -112,6 +113,11 @@ class Recorder:
                 "mode, or the weight is used outside the head that was attached" + _NO_FEATURES,
                 stacklevel=6,
             )
+
+
+def _is_exporting() -> bool:
+    """torch.compiler.is_exporting(), which PyTorch before 2.7 lacks, and which the compiler of 2.8 takes for True."""
+    return getattr(torch.compiler, "_is_exporting_flag", False) if _IS_OLDER else torch.compiler.is_exporting()
 
 
 def _has_numbers(features: Any, weight: Tensor) -> TypeGuard[Tensor]:
