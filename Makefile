@@ -15,13 +15,14 @@ demo: $(VENV)/.installed
 
 # From tests/ and by the script, neither of which puts the checkout's own mla_ext before the installed one.
 test: lint
-	cd tests && MLA_EXT_INSTALLED=1 $(abspath $(VENV))/bin/pytest -q
+	cd tests && MLA_EXT_INSTALLED=1 $(abspath $(VENV))/bin/pytest -q -rs
 
 # What takes long and guards what seldom changes. benchmarks/stress has longer ones: make faults, make fuzz.
 test-rare: $(VENV)/.installed
-	cd tests && MLA_EXT_INSTALLED=1 $(abspath $(VENV))/bin/pytest -q -m rare
+	cd tests && MLA_EXT_INSTALLED=1 $(abspath $(VENV))/bin/pytest -q -rs -m rare
 
-# The examples of docs/frameworks.md and the tests of what frameworks do, in a throw-away environment that has them all.
+# The examples of docs/frameworks.md, the tests of what frameworks do, and those that need torchvision, transformers or
+# PyAV, in a throw-away environment that has them all.
 test-frameworks: $(VENV)/.installed
 	$(RUN) benchmarks/stress/frameworks.py
 

@@ -22,7 +22,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Handles", "Link", "Recorder"]
 
-_IS_OLDER = is_older(torch.__version__, (2, 10))
+
+def _exporting_flag() -> bool:
+    """For PyTorch before 2.10: before 2.7 it has no is_exporting(), and the compiler of 2.8 takes that for True."""
+    return getattr(torch.compiler, "_is_exporting_flag", False)
+
+
+_is_exporting = _exporting_flag if is_older(torch.__version__, (2, 10)) else torch.compiler.is_exporting
 _NO_FEATURES = see("troubleshooting#a-head-without-features")
 
 
@@ -113,11 +119,6 @@ class Recorder:
                 "mode, or the weight is used outside the head that was attached" + _NO_FEATURES,
                 stacklevel=6,
             )
-
-
-def _is_exporting() -> bool:
-    """torch.compiler.is_exporting(), which PyTorch before 2.7 lacks, and which the compiler of 2.8 takes for True."""
-    return getattr(torch.compiler, "_is_exporting_flag", False) if _IS_OLDER else torch.compiler.is_exporting()
 
 
 def _has_numbers(features: Any, weight: Tensor) -> TypeGuard[Tensor]:

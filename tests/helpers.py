@@ -4,8 +4,14 @@ import os
 import subprocess
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
+
+from mla_ext import _library
+
+needs_kernels = pytest.mark.skipif(_library.load_error is not None, reason=f"not compiled: {_library.load_error}")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def randn(*shape, dtype=torch.float32, device="cpu", seed=0):

@@ -9,15 +9,15 @@ import weakref
 
 import pytest
 import torch
-from helpers import randn
+from helpers import needs_kernels, randn
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mla_ext import ProjectedSGD, _library, reference
+from mla_ext import ProjectedSGD, reference
 from mla_ext.backends.cpu import Cpu
 
-pytestmark = pytest.mark.skipif(_library.load_error is not None, reason=f"not compiled: {_library.load_error}")
+pytestmark = needs_kernels
 
 
 @pytest.fixture

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from helpers import batch, network, randn
+from helpers import batch, needs_kernels, network, randn
 from torch import nn
 from torch._dynamo.utils import counters
 
-from mla_ext import ProjectedSGD, _library, entropy_fusion
+from mla_ext import ProjectedSGD, entropy_fusion
 
 pytestmark = [
-    pytest.mark.skipif(_library.load_error is not None, reason=f"not compiled: {_library.load_error}"),
+    needs_kernels,
     pytest.mark.filterwarnings("ignore"),  # torch's own, about its own
 ]
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import needs_kernels
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent / "cuda_emulation"))
@@ -18,7 +19,7 @@ import harness
 from harness import FORTY, H100, ONE
 from test_cuda_emulation import DTYPES, FLOATS, NAN, HeadCase, assert_accurate, check_head_steps, option_cases
 
-from mla_ext import _library, backends, reference
+from mla_ext import backends, reference
 from mla_ext.backends import compiled
 from mla_ext.projection import Projection
 from mla_ext.reference import Hyperparameters
@@ -234,7 +235,7 @@ def test_what_the_optimizer_asks_the_backend():
     assert torch.equal(P.base, expected) and P.count == 0
 
 
-@pytest.mark.skipif(_library.load_error is not None, reason=f"not compiled: {_library.load_error}")
+@needs_kernels
 @pytest.mark.parametrize("name", ["momentum", "dampening", "weight_decay", "forget"])
 def test_a_number_on_the_device_is_refused_where_a_graph_would_keep_it(monkeypatch, name):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)

@@ -5,16 +5,16 @@ import pickle
 
 import pytest
 import torch
-from helpers import randn
+from helpers import needs_kernels, randn
 from parity import assert_as_accurate
 from torch import nn
 
-from mla_ext import ProjectedSGD, _library, backends, ops, reference
+from mla_ext import ProjectedSGD, backends, ops, reference
 from mla_ext.backends.cpu import DEFERRED
 from mla_ext.projection import Projection
 from mla_ext.reference import Hyperparameters, accumulate_dtype
 
-pytestmark = pytest.mark.skipif(_library.load_error is not None, reason=f"not compiled: {_library.load_error}")
+pytestmark = needs_kernels
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 STEPS = 2 * DEFERRED + 3

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import needs_gpu
 
 FOLDER = Path(__file__).parents[1] / "examples"
 
@@ -98,7 +99,7 @@ def test_cuda_graph_without_a_gpu(capsys):
     assert "no GPU here" in capsys.readouterr().out
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_gpu
 def test_cuda_graph():
     shown = run("cuda_graph")
     assert shown["accuracy"] > 0.9

@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from helpers import needs_gpu
 from test_training import interrupt_at, make, make_data, metrics, run, same
 
 from mla_ext.multimodal import checkpoint, cli, commands
@@ -52,7 +53,7 @@ def test_memory_that_runs_out_on_this_machine():
         torch.empty(2**50, dtype=torch.uint8)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@needs_gpu
 def test_memory_that_runs_out_on_the_gpu():
     with pytest.raises(torch.OutOfMemoryError, match=r"^here: the GPU is out of memory"), explained("here"):
         torch.empty(2**45, dtype=torch.uint8, device="cuda")

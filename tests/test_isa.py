@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from mla_ext import _library
+from helpers import needs_kernels
 
 TESTS = Path(__file__).resolve().parent
 SUITE = "257-130-40 or 5-513-7 or many_steps or 513-6 or 1100-29 or takes_non_contiguous"
@@ -19,7 +18,7 @@ def run(isa, *command):
     return subprocess.run([sys.executable, *command], cwd=TESTS, env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.skipif(_library.load_error is not None, reason=f"not compiled: {_library.load_error}")
+@needs_kernels
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_the_parity_suite(isa):
     """Which of G P the kernels make and which BLAS makes depends on it too."""

@@ -4,11 +4,11 @@ import sys
 from dataclasses import replace
 
 import pytest
+from helpers import needs_kernels
 
 from benchmarks.stress import numerics
-from mla_ext import _library
 
-pytestmark = pytest.mark.skipif(_library.load_error is not None, reason=f"not compiled: {_library.load_error}")
+pytestmark = needs_kernels
 NAMES = [f"{case.name}, s = {case.s}" for case in numerics.RANK_CASES]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import needs_kernels
 from torch import nn
 
 from mla_ext import ProjectedSGD, _library, plain
@@ -18,7 +19,6 @@ from mla_ext.backends import cpu
 from mla_ext.reference import Hyperparameters
 from mla_ext.step import PlainStep
 
-needs_kernel = pytest.mark.skipif(_library.load_error is not None, reason=f"not compiled: {_library.load_error}")
 SHAPES = [(1,), (7,), (), (15,), (16,), (17,), (3, 0), (33,), (513,), (3, 5, 7), (4097,), (70001,)]
 HEAVY = {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.01}
 OPTIONS = [
@@ -118,7 +118,7 @@ def threads(request):
     torch.set_num_threads(before)
 
 
-@needs_kernel
+@needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_twenty_steps_with_every_option(only_kernel, threads, dtype):
     torch.manual_seed(0)
@@ -131,7 +131,7 @@ def test_twenty_steps_with_every_option(only_kernel, threads, dtype):
         twins.check()
 
 
-@needs_kernel
+@needs_kernels
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_parameter_alone(only_kernel, shape):
     for dtype, options in itertools.product((torch.float32, torch.float64), OPTIONS[::3]):
@@ -141,7 +141,7 @@ def test_a_parameter_alone(only_kernel, shape):
         twins.check()
 
 
-@needs_kernel
+@needs_kernels
 def test_both_dtypes_in_one_group(only_kernel, threads):
     dtypes = [torch.float32, torch.float64] * len(SHAPES)
     shapes = SHAPES + SHAPES[::-1]
@@ -151,7 +151,7 @@ def test_both_dtypes_in_one_group(only_kernel, threads):
     twins.check()
 
 
-@needs_kernel
+@needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_values_at_the_edges(only_kernel, dtype):
     info = torch.finfo(dtype)
@@ -176,7 +176,7 @@ def test_values_at_the_edges(only_kernel, dtype):
         twins.check()
 
 
-@needs_kernel
+@needs_kernels
 @pytest.mark.parametrize("number", [1, 0, -0.0, 1e-50, torch.inf, -1e-3])
 def test_unusual_hyperparameters(only_kernel, number):
     for name in ("lr", "momentum", "dampening", "weight_decay"):
@@ -187,7 +187,7 @@ def test_unusual_hyperparameters(only_kernel, number):
         twins.check()
 
 
-@needs_kernel
+@needs_kernels
 def test_a_rate_beyond_float32():
     twins = Twins([randn(40)], lr=1e300)
     with pytest.raises(RuntimeError, match="overflow"):
@@ -198,7 +198,7 @@ def test_a_rate_beyond_float32():
     twins.check()
 
 
-@needs_kernel
+@needs_kernels
 def test_it_is_split_over_threads_anywhere(only_kernel, threads):
     """Tensors that begin, end and are cut where no vector does."""
     twins = Twins([randn(n) for n in (5, 40001, 3, 40003, 1, 70000)], **HEAVY)
@@ -207,7 +207,7 @@ def test_it_is_split_over_threads_anywhere(only_kernel, threads):
     twins.check()
 
 
-@needs_kernel
+@needs_kernels
 @pytest.mark.parametrize(
     ("isa", "capability"),
     [("avx512", "avx512"), ("avx512", "default"), ("avx2", "avx2"), ("baseline", "default"), ("baseline", "avx2")],
@@ -233,7 +233,7 @@ def test_every_instruction_set(isa, capability):
     assert int(re.search(r"(\d+) passed", suite.stdout)[1]) > 20
 
 
-@needs_kernel
+@needs_kernels
 def test_parameters_that_take_turns(only_kernel):
     twins = Twins([randn(9), randn(33), randn(2, 3)], momentum=0.9, dampening=0.5)
     for t in range(7):
@@ -241,7 +241,7 @@ def test_parameters_that_take_turns(only_kernel):
         twins.check()
 
 
-@needs_kernel
+@needs_kernels
 def test_what_the_user_changes_between_steps(only_kernel):
     """Memory, buffers, state and hyperparameters are read where they are now."""
     twins = Twins([randn(33), randn(4, 5)], **HEAVY)
@@ -276,7 +276,7 @@ def test_what_the_user_changes_between_steps(only_kernel):
     twins.check()
 
 
-@needs_kernel
+@needs_kernels
 def test_memory_that_is_swapped_for_another_dtype():
     twins = Twins([randn(33), randn(7)], momentum=0.9)
     twins.step([randn(33), randn(7)])
@@ -289,7 +289,7 @@ def test_memory_that_is_swapped_for_another_dtype():
     twins.check()
 
 
-@needs_kernel
+@needs_kernels
 def test_a_loaded_state(only_kernel):
     x, y = randn(16, 5), randn(16, 3)
 
@@ -316,7 +316,7 @@ def test_a_loaded_state(only_kernel):
         assert_same_bits(a, b)
 
 
-@needs_kernel
+@needs_kernels
 @pytest.mark.parametrize("shape", [(), (1,)])
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.9, "weight_decay": 0.1, "maximize": True}])
 def test_under_grad_scaler(only_kernel, shape, options):
@@ -421,7 +421,7 @@ def test_buffers_of_which_some_are_new_with_fused(calls):
         assert torch.equal(params[0], torch.full((5,), -0.25)) and torch.equal(params[1], torch.full((4,), 0.5))
 
 
-@needs_kernel
+@needs_kernels
 def test_tensors_that_share_memory(calls, threads):
     """One after the other, as torch.optim.SGD steps them."""
     for n in (50, 40000):
@@ -442,7 +442,7 @@ def test_tensors_that_share_memory(calls, threads):
     assert len(calls) == 1
 
 
-@needs_kernel
+@needs_kernels
 def test_subclasses_of_tensors_are_left_to_pytorch(calls):
     class Logged(nn.Parameter):
         pass
@@ -453,7 +453,7 @@ def test_subclasses_of_tensors_are_left_to_pytorch(calls):
     assert len(calls) == 1
 
 
-@needs_kernel
+@needs_kernels
 def test_while_it_is_compiled_pytorch_makes_the_step(calls, monkeypatch):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     twins = Twins([randn(5)], momentum=0.9)
@@ -463,7 +463,7 @@ def test_while_it_is_compiled_pytorch_makes_the_step(calls, monkeypatch):
     assert len(calls) == 2
 
 
-@needs_kernel
+@needs_kernels
 def test_autograd_knows_that_weights_changed(only_kernel):
     weight = nn.Parameter(randn(5))
     loss = weight.square().sum()
@@ -473,7 +473,7 @@ def test_autograd_knows_that_weights_changed(only_kernel):
         loss.backward()
 
 
-@needs_kernel
+@needs_kernels
 def test_an_addition_whose_roundings_differ(calls, monkeypatch):
     """Then no build of the kernel has PyTorch's bits."""
     monkeypatch.setattr(cpu, "add_is_fma", lambda: None)
@@ -483,7 +483,7 @@ def test_an_addition_whose_roundings_differ(calls, monkeypatch):
     assert len(calls) == 1
 
 
-@needs_kernel
+@needs_kernels
 def test_bad_arguments_of_the_kernel():
     kernel = _library.module.step
     weight = torch.ones(3, device="cpu")

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import DEVICES
+from helpers import needs_gpu
 from test_batches import on_disk
 from test_training import Interrupted, interrupt_at, make, make_data, run, same
 from torch import nn
@@ -122,7 +123,7 @@ def test_evaluation_reads_from_the_device_once(monkeypatch):
     assert len(copies) == 1
 
 
-@pytest.mark.skipif("cuda" not in DEVICES, reason="no GPU")
+@needs_gpu
 @pytest.mark.parametrize("method", ["mla", "concat"])
 def test_an_epoch_on_a_gpu_waits_for_it_once(monkeypatch, method):
     data, (model, optimizer) = make_data(), make(method)

@@ -5,15 +5,15 @@ from functools import partial
 import helpers
 import pytest
 import torch
+from helpers import needs_kernels
 from parity import RANK_OPTIONS, PlainRank, assert_as_accurate
 
-from mla_ext import ProjectedSGD, _library, reference
+from mla_ext import ProjectedSGD, reference
 from mla_ext.reference import Hyperparameters, accumulate_dtype
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # What the op itself knows; project="update" is made of it (mla_ext/rules.py).
 KERNEL_OPTIONS = {name: options for name, options in RANK_OPTIONS.items() if "project" not in options}
-needs_ops = pytest.mark.skipif(_library.load_error is not None, reason=f"not compiled: {_library.load_error}")
 
 
 randn = partial(helpers.randn, dtype=torch.float64)
@@ -160,7 +160,7 @@ class Rank:
         return [t.clone().nan_to_num(7) for t in state if t is not None]
 
 
-@needs_ops
+@needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("s", "C"), [(1, 1), (7, 6), (33, 101), (513, 1), (513, 6), (1100, 29)])
 @pytest.mark.parametrize("options", KERNEL_OPTIONS.values(), ids=KERNEL_OPTIONS)
@@ -182,7 +182,7 @@ def test_the_op_against_the_reference(s, C, dtype, options):
         assert_as_accurate(rank.momentum_buffer, plain.momentum_buffer, truth.momentum_buffer)
 
 
-@needs_ops
+@needs_kernels
 @pytest.mark.parametrize("capacity", [1, 2, 3, 15, 64, 100])
 @pytest.mark.parametrize("s", [5, 40, 700])
 def test_any_number_of_rows(s, capacity):
@@ -197,7 +197,7 @@ def test_any_number_of_rows(s, capacity):
     torch.testing.assert_close(rank.weight, truth.weight, rtol=0, atol=1e-10)
 
 
-@needs_ops
+@needs_kernels
 def test_a_long_run_stays_between_0_and_the_identity():
     s = 48
     rank = Rank(3, s, torch.float32, 16, Hyperparameters(lr=1e-4, alpha=1e-6))
@@ -210,7 +210,7 @@ def test_a_long_run_stays_between_0_and_the_identity():
     assert rank.weight.isfinite().all()
 
 
-@needs_ops
+@needs_kernels
 def test_the_same_bits_with_any_number_of_threads():
     threads, bits = torch.get_num_threads(), []
     try:
@@ -227,7 +227,7 @@ def test_the_same_bits_with_any_number_of_threads():
     assert all(torch.equal(a, b) for other in bits[1:] for a, b in zip(bits[0], other, strict=True))
 
 
-@needs_ops
+@needs_kernels
 @pytest.mark.parametrize("shape", [(), (1,)])
 def test_scaled_gradients(shape):
     scaled, unscaled = (Rank(3, 9, torch.float32, 4, Hyperparameters(momentum=0.9, weight_decay=0.1)) for _ in "ab")
@@ -241,7 +241,7 @@ def test_scaled_gradients(shape):
     assert all(map(torch.equal, before, scaled.bits()))
 
 
-@needs_ops
+@needs_kernels
 @pytest.mark.parametrize("absorb", ["after", "before"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e25])
 def test_the_op_leaves_out_what_cannot_be_absorbed(absorb, value):
@@ -253,7 +253,7 @@ def test_the_op_leaves_out_what_cannot_be_absorbed(absorb, value):
     assert rank.count == 0 and rank.beta == 1 and rank.rows.isnan().all()
 
 
-@needs_ops
+@needs_kernels
 def test_settle_compresses_what_is_full_only():
     beta, rows = absorbed(20, 8)
     for count in (0, 7, 8):
@@ -295,7 +295,7 @@ BAD = {
 }
 
 
-@needs_ops
+@needs_kernels
 @pytest.mark.parametrize("changed", BAD.values(), ids=BAD)
 def test_bad_arguments_are_refused_before_any_change(changed, request):
     rank = Rank(3, 9, torch.float32, 4, Hyperparameters(momentum=0.9))
@@ -353,7 +353,7 @@ def test_forgetting_gives_back_what_p_has_lost_entirely(backend):
     torch.testing.assert_close(optimizer.projection(weight), torch.eye(3))
 
 
-@needs_ops
+@needs_kernels
 @pytest.mark.parametrize("scale", [1e-300, 1e-170, 1e-20, 1.0])
 def test_a_compression_at_any_scale(scale):
     """Squares of the elements of K Kᵀ neither overflow nor underflow."""
@@ -364,7 +364,7 @@ def test_a_compression_at_any_scale(scale):
     torch.testing.assert_close(dense(b, K[:4]) / scale, expected, rtol=0, atol=1e-12)
 
 
-@needs_ops
+@needs_kernels
 @pytest.mark.parametrize("capacity", [1, 8])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_compression_does_not_hide_what_is_not_finite(value, capacity):

@@ -5,13 +5,13 @@ import json
 import pytest
 import torch
 from evidence_data import write_data
+from helpers import needs_kernels
 
 from benchmarks.evidence import defaults, frontier, kept, plasticity, rank
 from benchmarks.evidence.rank import FORMS, SCALED_ALPHA, USUAL_ALPHA, Gain, RankRun, Study, execute, limited
 from benchmarks.evidence.runs import Results
-from mla_ext import ProjectedSGD, _library, load_npz, reference
+from mla_ext import ProjectedSGD, load_npz, reference
 
-needs_ops = pytest.mark.skipif(_library.load_error is not None, reason=f"not compiled: {_library.load_error}")
 TINY = ["--epochs", "1", "--seeds", "2"]
 
 
@@ -137,7 +137,7 @@ def test_the_page_of_the_default(source, tmp_path, monkeypatch):
 # ---- The frontier ----------------------------------------------------------------------------------------------------
 
 
-@needs_ops
+@needs_kernels
 def test_the_frontier_and_its_picture(source, tmp_path):
     options = ["--width", "20", "--alphas", "0.1", "--sizes", "70", "80", "--seconds", "0.01", "--out", str(tmp_path)]
     frontier.main(["--data", source, *TINY, *options])

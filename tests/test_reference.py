@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
+from helpers import needs_kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mla_ext import _library, ops, reference
+from mla_ext import ops, reference
 from mla_ext.reference import Hyperparameters
 
 seeds = st.integers(0, 2**31)
@@ -143,7 +144,7 @@ def test_the_more_certain_modality_weighs_more(seed, M):
     assert (weights[1:] > weights[:-1]).all()
 
 
-@pytest.mark.skipif(_library.load_error is not None, reason=f"not compiled: {_library.load_error}")
+@needs_kernels
 @pytest.mark.parametrize(("s", "alpha", "kind"), [(32, 0.1, "classes"), (32, 0.01, "same"), (96, 0.1, "low rank")])
 def test_20000_steps_in_float32_stay_with_float64(s, alpha, kind):
     """Rounding errors neither pile up nor make P indefinite enough to hurt; symmetry is exact."""

@@ -13,6 +13,7 @@ import numpy
 import pytest
 import torch
 from attached import assert_same_bits, attached, backward, bits, network, train
+from helpers import needs_gpu
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -148,7 +149,7 @@ def test_the_state_follows_a_model_that_moves(swapping, steps, momentum):
     assert optimizer.projection(weight).device.type == "meta"
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_gpu
 @pytest.mark.parametrize("steps", [0, 3])
 def test_the_state_follows_a_model_that_moves_to_a_gpu_and_back(steps):
     """10."""

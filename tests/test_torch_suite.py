@@ -12,6 +12,7 @@ import warnings
 
 import pytest
 import torch
+from helpers import needs_gpu
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -516,7 +517,7 @@ def test_a_state_is_loaded_into_another_dtype(info, dtype):
 
 
 @every
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_gpu
 def test_a_state_is_loaded_onto_another_device(info):
     for _, options in configurations(info):
         params, optimizer = trained(info, options)

@@ -1,5 +1,7 @@
 """Installs the frameworks of docs/frameworks.md in a throw-away environment, and runs their examples and tests there.
 
+So it does with the optional libraries that `make test` does without: torchvision, transformers, PyAV.
+
     python benchmarks/stress/frameworks.py
 
 Run it with the Python of an environment in which mla_ext and its tests are installed, as `make test-frameworks` does.
@@ -17,8 +19,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 FRAMEWORKS = ["lightning", "accelerate", "transformers", "timm", "skorch", "pytorch-ignite", "avalanche-lib"]
+ENCODERS_AND_VIDEO = ["torchvision", "av"]  # with transformers, what our extras `vision`, `text` and `prepare` bring
 CONSTRAINTS = ["--constraint", ROOT / "constraints.txt", "--constraint", ROOT / "constraints-frameworks.txt"]
 TESTS = ["test_frameworks.py", "test_examples.py", "test_balancemm.py"]
+TESTS += ["test_library.py", "test_recipes.py", "test_prepare.py"]
 
 
 def make(folder: Path) -> Path:
@@ -30,7 +34,7 @@ def make(folder: Path) -> Path:
     below = sysconfig.get_path("purelib")
     (packages / "below.pth").write_text(f"import site; site.addsitedir({below!r})\n", encoding="utf-8")
     pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
-    subprocess.run([*pip, *CONSTRAINTS, *FRAMEWORKS], check=True)
+    subprocess.run([*pip, *CONSTRAINTS, *FRAMEWORKS, *ENCODERS_AND_VIDEO], check=True)
     if subprocess.run([python, "-c", "import torchvision"], capture_output=True).returncode != 0:
         # timm imports torchvision, whose wheel on PyPI is built for CUDA. Beside a CPU build of PyTorch its library is
         # not loaded, and then this module fails, which only torch.compile needs.
@@ -46,7 +50,7 @@ def main() -> int:
         # A framework that cannot be imported fails its tests then, rather than skip them. The networks are tiny, and
         # threads that wait for a busy core take minutes.
         environment = os.environ | {"MLA_EXT_FRAMEWORKS": "1", "MLA_EXT_INSTALLED": "1", "OMP_NUM_THREADS": "1"}
-        command = [python, "-m", "pytest", "-q", "--durations=5", *TESTS]
+        command = [python, "-m", "pytest", "-q", "-rs", "--durations=5", *TESTS]
         return subprocess.run(command, cwd=ROOT / "tests", env=environment).returncode
 
 

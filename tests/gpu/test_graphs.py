@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
+from helpers import needs_gpu
 from torch import nn
 
 from mla_ext import ProjectedSGD
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = needs_gpu
 
 
 def make(capturable, rank):
