@@ -59,11 +59,10 @@ def step_calls(device: str, names: list[str]) -> dict[str, Callable[[], object]]
     head = FreeHead(device)
     calls["plain"] = hook_and_step(head, PlainProjectedSGD(head.parameters(), head, **SETTINGS).step)
     for name in names:
-        for label, settings in ((OURS, {}), ("fixed alpha,", {"alpha_scale": None})):
-            head = FreeHead(device)
-            optimizer = ProjectedSGD(head.parameters(), **SETTINGS, **settings, backend=name)
-            optimizer.attach(head)
-            calls[f"{label} {name}"] = hook_and_step(head, optimizer.step)
+        head = FreeHead(device)
+        optimizer = ProjectedSGD(head.parameters(), **SETTINGS, backend=name)
+        optimizer.attach(head)
+        calls[f"{OURS} {name}"] = hook_and_step(head, optimizer.step)
     return calls
 
 
